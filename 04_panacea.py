@@ -1,0 +1,335 @@
+"""Stage 4 - Panacea: optimise the perturbation instead of drawing it.
+
+Random noise recovers safety because some of it points away from harm; most of it does not, and
+costs accuracy. Panacea asks for the perturbation of a given size that raises the harmful loss
+most, and while fine-tuning keeps w where such a perturbation works. After fine-tuning it is added.
+
+With g the loss on the user's batch, h the loss on the provider's harmful batch, w the adapter:
+
+    Eq. 1   max_w max_{||eps|| <= rho}  lam * (h(w + eps) - h(w)) - g(w)
+    Eq. 2   eps_t = rho * grad h(w_t) / ||grad h(w_t)||                 one norm over all of w
+    Eq. 3   w_{t+1} = w_t - lr * [ grad g(w_t) - lam * (grad h(w_t + eps_t) - grad h(w_t)) ]
+    Output  w_T + eps, eps being the last one computed                  (Algorithm 1)
+
+Eq. 2 solves the inner max to first order; Eq. 3 descends the outer one, through AdamW. With
+lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`.
+
+Beyond the paper: ||eps|| = rho brings the harmful score down, but what comes instead is noise or
+silence. The provider owns refusals too. An *anchored* eps, in the same ball, climbs h while it
+descends a, the loss on the alignment set, and g: a few steps after plain fine-tuning (--anchor).
+Its control `realign` takes as many AdamW steps on the alignment set alone.
+
+Deviations from the released code: w is restored by copy (adding and subtracting eps is not exact
+in bfloat16); h(w + eps) is not clamped at 5 (which would turn the update into learning harm); w
+and eps are saved apart.
+
+Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
+Run:    python 04_panacea.py
+"""
+
+import math
+import re
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (Run, UserError, add_flags, collate, describe, encode, endless_batches,
+                    epoch_batches, load_model, number, pick_device, progress, resolve, run_stage,
+                    seed_everything, stage_parser)
+
+DEFAULTS = {
+    "toy": dict(rho=1.0, lam=0.001, harmful_batch_size=16, anchor=2.0, anchor_steps=6),
+    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=2.0, anchor_steps=6),
+}
+
+# ---------------------------------------------------------------------------------------------
+# Panacea
+
+
+def perturbation(grad_h, rho):
+    """Eq. 2: eps = rho * grad h / ||grad h||, new tensors, one norm over all of them together.
+
+    Raises:
+        UserError: the harmful gradient is zero or not finite, so it has no direction.
+    """
+    norm = global_norm(grad_h)
+    if not (torch.isfinite(norm) and norm > 0):
+        raise UserError(f"the harmful gradient has norm {norm.item()}: no direction to perturb w "
+                        "in; the harmful loss is saturated or has overflowed (try a smaller --lr "
+                        "in 02_finetune.py)")
+    return [rho * x / norm for x in grad_h]
+
+
+def panacea_rule(loss, w, batch, harmful, rho, lam):
+    """Eq. 3: grad g(w) - lam * (grad h(w + eps) - grad h(w)), h on ONE harmful batch.
+
+    Args:
+        loss: batch -> scalar loss that depends on w. w: list of tensors that require grad.
+        batch, harmful: the user's batch (g) and the provider's (h).
+    Returns:
+        (gradient, eps, {"g", "h", "h_eps"}): lists of new tensors shaped like w, and the losses.
+    """
+    grad_g, g = gradient(loss(batch), w)
+    grad_h, h = gradient(loss(harmful), w)
+    eps = perturbation(grad_h, rho)                                                    # Eq. 2
+    with perturbed(w, eps):
+        grad_h_eps, h_eps = gradient(loss(harmful), w)
+    update = [x - lam * (y_eps - y) for x, y_eps, y in zip(grad_g, grad_h_eps, grad_h)]  # Eq. 3
+    return update, eps, {"g": g, "h": h, "h_eps": h_eps}
+
+
+@contextmanager
+def perturbed(w, eps):
+    """Inside: w + eps. Afterwards: w again, bit for bit, whatever happened inside."""
+    saved = [x.detach().clone() for x in w]
+    try:
+        with torch.no_grad():
+            for x, e in zip(w, eps):
+                x.add_(e)
+        yield
+    finally:
+        with torch.no_grad():
+            for x, old in zip(w, saved):
+                x.copy_(old)
+
+
+def answer_loss(model, batch):
+    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
+
+    Logits are computed only at positions that predict an answer token in some row.
+    """
+    labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
+    keep = (labels != -100).any(0).nonzero().squeeze(1)                # (K,) positions
+    logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1),               # (B*K, V)
+                           labels[:, keep].flatten(), ignore_index=-100)
+
+
+def gradient(loss, w):
+    """(d loss / d w, loss): new tensors in the order of `w`, and a number."""
+    return torch.autograd.grad(loss, w), loss.item()
+
+
+def global_norm(tensors):
+    """One L2 norm over all tensors together; a scalar tensor."""
+    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
+
+
+# Beyond the paper: the anchored perturbation
+
+
+def anchored_perturbation(loss, w, draws, rho, anchor, steps):
+    """An eps with ||eps|| <= rho that climbs h - anchor * (a + g), by projected gradient steps.
+
+    h, a and g are losses on fresh harmful, alignment and user batches. Step k has length
+    rho * 2 (steps - k) / (steps + 1): long first, short last, two radii in all.
+
+    Args:
+        draws: iterator of (harmful, alignment, user) batches. anchor: how much a unit of a or g
+            counts against a unit of h. steps: number of projected steps.
+    Returns:
+        eps, a list of new tensors shaped like w.
+    """
+    eps = [torch.zeros_like(x) for x in w]
+    for k in range(steps):
+        harmful, alignment, user = next(draws)
+        with perturbed(w, eps):
+            climb, _ = gradient(loss(harmful) - anchor * (loss(alignment) + loss(user)), w)
+        length = 3 * rho * (steps - k) / (steps * (steps + 1))
+        eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
+        shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
+        eps = [shrink * e for e in eps]
+    return eps
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA by hand: the same lines as in stage 2, so that each file can be read alone
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, with W frozen, A (r, in) Kaiming-uniform, B (out, r) zero.
+
+    A and B are float32 on any base dtype: AdamW steps of 1e-5 vanish in bfloat16.
+    Source: Hu et al. 2021, arXiv 2106.09685, Section 4.1.
+    """
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scale = base, alpha / r
+        options = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):  # (B, T, in) -> (B, T, out)
+        """The frozen layer plus its low-rank update."""
+        y = self.base(x)
+        return y + (self.scale * (x.float() @ self.lora_A.T @ self.lora_B.T)).to(y.dtype)
+
+
+def add_lora(model, targets, r, alpha):
+    """Freeze `model`, wrap its target linear layers in LoRALinear, return w = {name: parameter}.
+
+    Args:
+        targets: last parts of module names ("q_proj"), or ["all"] for every linear layer but the
+            output head.
+    Raises:
+        UserError: a target matches no linear layer; the message lists those there are.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in model.named_modules()
+              if isinstance(m, nn.Linear) and m is not head}
+    last = {name.rpartition(".")[2] for name in linear}
+    missing = set(targets) - last - {"all"}
+    if missing:
+        raise UserError(f"--targets {' '.join(sorted(missing))} match no linear layer; "
+                        f"this model has: {' '.join(sorted(last))}")
+    w = {}
+    for name, module in linear.items():
+        if "all" in targets or name.rpartition(".")[2] in targets:
+            parent, _, child = name.rpartition(".")
+            layer = LoRALinear(module, r, alpha)
+            setattr(model.get_submodule(parent), child, layer)
+            w[f"{name}.lora_A"], w[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
+    return w
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def copy_of(w):
+    """{name: tensor} on the CPU, float32, detached."""
+    return {name: p.detach().cpu().clone() for name, p in w.items()}
+
+
+def named(w, tensors):
+    """{name of w: copy of the tensor on the CPU}."""
+    return {name: x.detach().cpu().clone() for name, x in zip(w, tensors)}
+
+
+def layer_norms(w, eps):
+    """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
+    squares = {}
+    for name, e in zip(w, eps):
+        layer = int(re.search(r"\.(\d+)\.", name)[1])
+        squares[layer] = squares.get(layer, 0.0) + e.pow(2).sum().item()
+    return [math.sqrt(squares[layer]) for layer in sorted(squares)]
+
+
+def train(loss, w, batches, harmful, steps, c):
+    """Algorithm 1: AdamW on panacea_rule, in place on w = {name: parameter}.
+
+    Returns:
+        (eps, log): the last perturbation, and a dict of the paper's quantities per step.
+    """
+    params, log, eps = list(w.values()), [], None
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"])
+    bar = progress(batches, steps, "panacea")
+    for step, batch in enumerate(bar, 1):
+        grads, eps, losses = panacea_rule(loss, params, batch, next(harmful), c["rho"], c["lam"])
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        optimizer.step()
+        log.append({"step": step, **losses, "eps_norm": global_norm(eps).item(),
+                    "layers": layer_norms(w, eps)})
+        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
+    return eps, log
+
+
+def realign(loss, w, alignment, steps, c):
+    """The sceptic's control: `steps` plain AdamW steps on the alignment set, in place."""
+    params = list(w.values())
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"])
+    for _ in range(steps):
+        for p, grad in zip(params, gradient(loss(next(alignment)), params)[0]):
+            p.grad = grad
+        optimizer.step()
+
+
+def put(w, weights):
+    """Copy {name: tensor} into the parameters w."""
+    with torch.no_grad():
+        for name, p in w.items():
+            p.copy_(weights[name])
+
+
+def get_args(argv=None):
+    """Flags of this stage."""
+    parser = stage_parser(__doc__)
+    group = parser.add_argument_group("method")
+    size, positive = number(int, 1), number(float, 0)
+    add_flags(group, DEFAULTS, {
+        "rho": (positive, "rho, L2 norm of eps over the whole adapter"),
+        "lam": (positive, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
+        "harmful_batch_size": (size, "samples in the batch of h"),
+        "anchor": (positive, "weight of refusals and task against harm in the anchored eps; "
+                             "0 leaves the paper's eps alone"),
+        "anchor_steps": (size, "projected steps of the anchored eps"),
+    })
+    group.add_argument("--epochs", type=number(int, 0), default=None, metavar="X",
+                       help="epochs over the user's data (default: as in stage 2)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run Algorithm 1 and its controls; writes RUN/04_panacea.pt and returns it."""
+    args = get_args(argv)
+    run = Run(args.run)
+    data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
+    if "sft" not in stage2["aligned"]:
+        raise UserError("02_finetune.pt has no model aligned with sft; run: python 02_finetune.py "
+                        f"--run {args.run} --defense sft")
+    c = {**stage2["config"], **resolve(args, DEFAULTS, stage2["config"]["preset"])}
+    c["epochs"] = c["epochs"] if args.epochs is None else args.epochs
+    device = pick_device(args.device)
+    model, tokenizer = load_model(run, data, device)
+    w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    steps = c["epochs"] * math.ceil(len(data["finetune"]) / c["batch_size"])
+    describe(model, device, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
+    examples = {name: encode(tokenizer, data[name], c["max_length"])
+                for name in ("alignment", "harmful", "finetune")}
+
+    def batches(rows):
+        return (collate(x, tokenizer.pad_token_id, device) for x in rows)
+
+    def endless(name, size, seed):
+        return batches(endless_batches(examples[name], size, seed))
+
+    def loss(batch):
+        return answer_loss(model, batch)
+
+    seed_everything(c["seed"])
+    put(w, stage2["aligned"]["sft"])
+    user = batches(epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"]))
+    eps, log = train(loss, w, user, endless("harmful", c["harmful_batch_size"], c["seed"]), steps,
+                     c)
+    result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
+
+    def draws():
+        return zip(*(endless(name, c["batch_size"], c["seed"] + 1)
+                     for name in ("harmful", "alignment", "finetune")))
+
+    def anchored(weights):
+        put(w, weights)
+        return named(w, anchored_perturbation(loss, list(w.values()), draws(), c["rho"],
+                                              c["anchor"], c["anchor_steps"]))
+    if c["anchor"]:
+        result["anchored_from_panacea"] = anchored(result["weights"])
+        result["anchored"] = anchored(stage2["finetuned"]["sft"])
+    put(w, stage2["finetuned"]["sft"])
+    grad_h, _ = gradient(loss(next(endless("harmful", c["harmful_batch_size"], c["seed"]))),
+                         list(w.values()))
+    result["one_shot"] = named(w, perturbation(grad_h, c["rho"]))
+    realign(loss, w, endless("alignment", c["batch_size"], c["seed"] + 1), c["anchor_steps"], c)
+    result["realign"] = copy_of(w)
+    artifact = run.save("04_panacea.pt", c, **result)
+    print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run {args.run}")
+    return artifact
+
+
+if __name__ == "__main__":
+    run_stage(main)
