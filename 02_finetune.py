@@ -39,10 +39,10 @@ from common import (TOY_MODELS, Run, UserError, add_flags, collate, describe, en
                     toy_model)
 
 DEFAULTS = {
-    "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=10, lr=1e-3,
-                batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=5,
+    "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=10, lr=6e-4,
+                batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=4,
                 vaccine_rho=1.0, repnoise_alpha=0.02, repnoise_beta=0.1, booster_lam=10.0,
-                booster_alpha=0.1, pretrain_steps=500, pretrain_lr=2e-3),
+                booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3),
     "paper": dict(align_epochs=20, align_lr=5e-4, align_batch_size=10, epochs=20, lr=2e-5,
                   batch_size=10, weight_decay=0.1, r=32, alpha=4,
                   targets=["q_proj", "k_proj", "v_proj"], snapshots=0,
@@ -196,7 +196,7 @@ def mmd(x, y):
 
 
 def repnoise_rule(model, w, batch, harmful, c):
-    """grad [ f + beta * MMD - alpha * log(harmful loss, mean over layers) ]; RepNoise (2405.14577).
+    """grad [f + beta * MMD - alpha * log(harmful loss, mean over layers)]; RepNoise (2405.14577).
 
     Hidden states at harmful answer tokens are pushed towards Gaussian noise; each layer's harmful
     loss is read through the model's own final norm and output head.
@@ -215,7 +215,7 @@ def repnoise_rule(model, w, batch, harmful, c):
 
 
 def booster_rule(model, w, batch, harmful, c):
-    """grad f + lam * (grad h(w) - grad h(w - alpha * grad h / ||grad h||)); Booster (2409.01586)."""
+    """grad f + lam (grad h(w) - grad h(w - alpha grad h / ||grad h||)); Booster (2409.01586)."""
     grad_f, f = gradient(answer_loss(model, batch), w)
     grad_h, _ = gradient(answer_loss(model, harmful), w)
     norm = global_norm(grad_h)
@@ -276,8 +276,8 @@ def copy_of(w):
 
 
 def snapshot_steps(steps, count):
-    """`count` step numbers that double up to the last: 1/16, 1/8, 1/4, 1/2, 1 of the way."""
-    return sorted({max(1, round(steps / 2 ** k)) for k in range(count)})
+    """`count` step numbers, each four times the one before: 1/64, 1/16, 1/4, 1 of the way."""
+    return sorted({max(1, round(steps / 4 ** k)) for k in range(count)})
 
 
 def pretrain(run, data, config, device):
@@ -299,7 +299,8 @@ def pretrain(run, data, config, device):
     batches = epoch_batches([(x, x) for x in ids], 32, 1000, config["seed"])
     steps = c["pretrain_steps"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=c["pretrain_lr"], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c["pretrain_lr"], steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c["pretrain_lr"], steps,
+                                                   pct_start=0.1)
     bar = progress(range(steps), steps, "pre-train")
     for _ in bar:
         loss = answer_loss(model, collate(next(batches), tokenizer.pad_token_id, device))
@@ -362,7 +363,7 @@ def get_args(argv=None):
         "align_epochs": (count, "epochs over the alignment set; 0 for a chat model"),
         "align_lr": (positive, "learning rate of alignment"),
         "align_batch_size": (size, "batch of alignment"),
-        "epochs": (count, "epochs over the user's data"),
+        "epochs": (size, "epochs over the user's data"),
         "lr": (positive, "learning rate of fine-tuning"),
         "batch_size": (size, "batch of fine-tuning"),
         "weight_decay": (positive, "AdamW's weight decay"),

@@ -2,7 +2,7 @@
 
 Random noise recovers safety because some of it points away from harm; most of it does not, and
 costs accuracy. Panacea asks for the perturbation of a given size that raises the harmful loss
-most, and while fine-tuning keeps w where such a perturbation works. After fine-tuning it is added.
+most, and while fine-tuning keeps w where such a perturbation works. At the end it is added.
 
 With g the loss on the user's batch, h the loss on the provider's harmful batch, w the adapter:
 
@@ -14,14 +14,12 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
 Eq. 2 solves the inner max to first order; Eq. 3 descends the outer one, through AdamW. With
 lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`.
 
-Beyond the paper: ||eps|| = rho brings the harmful score down, but what comes instead is noise or
-silence. The provider owns refusals too. An *anchored* eps, in the same ball, climbs h while it
-descends a, the loss on the alignment set, and g: a few steps after plain fine-tuning (--anchor).
-Its control `realign` takes as many AdamW steps on the alignment set alone.
+Beyond the paper: eps silences harm, but what comes instead is noise. The provider owns refusals
+too. An *anchored* eps, in the same ball and after plain fine-tuning, climbs h while it descends
+a, the loss on the alignment set, and g (--anchor). Control: `realign`, AdamW steps on a alone.
 
 Deviations from the released code: w is restored by copy (adding and subtracting eps is not exact
-in bfloat16); h(w + eps) is not clamped at 5 (which would turn the update into learning harm); w
-and eps are saved apart.
+in bfloat16); h(w + eps) is not clamped at 5 (above, that learns harm); w and eps are saved apart.
 
 Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
 Run:    python 04_panacea.py
@@ -40,8 +38,8 @@ from common import (Run, UserError, add_flags, collate, describe, encode, endles
                     seed_everything, stage_parser)
 
 DEFAULTS = {
-    "toy": dict(rho=1.0, lam=0.001, harmful_batch_size=16, anchor=2.0, anchor_steps=6),
-    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=2.0, anchor_steps=6),
+    "toy": dict(rho=0.7, lam=0.005, harmful_batch_size=24, anchor=3.0, anchor_steps=8),
+    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=8),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -121,14 +119,14 @@ def global_norm(tensors):
 
 
 def anchored_perturbation(loss, w, draws, rho, anchor, steps):
-    """An eps with ||eps|| <= rho that climbs h - anchor * (a + g), by projected gradient steps.
+    """An eps with ||eps|| <= rho that climbs h - anchor * a - g, by projected gradient steps.
 
-    h, a and g are losses on fresh harmful, alignment and user batches. Step k has length
-    rho * 2 (steps - k) / (steps + 1): long first, short last, two radii in all.
+    h, a and g are losses on fresh harmful, alignment and user batches. Steps shrink linearly and
+    add up to 2.5 radii: far enough to cross the ball, short enough at the end to settle.
 
     Args:
-        draws: iterator of (harmful, alignment, user) batches. anchor: how much a unit of a or g
-            counts against a unit of h. steps: number of projected steps.
+        draws: iterator of (harmful, alignment, user) batches. anchor: how much a unit of the
+            refusal loss a counts against a unit of h or g. steps: number of projected steps.
     Returns:
         eps, a list of new tensors shaped like w.
     """
@@ -136,8 +134,8 @@ def anchored_perturbation(loss, w, draws, rho, anchor, steps):
     for k in range(steps):
         harmful, alignment, user = next(draws)
         with perturbed(w, eps):
-            climb, _ = gradient(loss(harmful) - anchor * (loss(alignment) + loss(user)), w)
-        length = 3 * rho * (steps - k) / (steps * (steps + 1))
+            climb, _ = gradient(loss(harmful) - anchor * loss(alignment) - loss(user), w)
+        length = 5 * rho * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
         shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
@@ -266,11 +264,11 @@ def get_args(argv=None):
         "rho": (positive, "rho, L2 norm of eps over the whole adapter"),
         "lam": (positive, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
         "harmful_batch_size": (size, "samples in the batch of h"),
-        "anchor": (positive, "weight of refusals and task against harm in the anchored eps; "
+        "anchor": (positive, "weight of refusals against harm and task in the anchored eps; "
                              "0 leaves the paper's eps alone"),
         "anchor_steps": (size, "projected steps of the anchored eps"),
     })
-    group.add_argument("--epochs", type=number(int, 0), default=None, metavar="X",
+    group.add_argument("--epochs", type=number(int, 1), default=None, metavar="X",
                        help="epochs over the user's data (default: as in stage 2)")
     return parser.parse_args(argv)
 
@@ -309,9 +307,10 @@ def main(argv=None):
                      c)
     result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
 
-    def draws():
-        return zip(*(endless(name, c["batch_size"], c["seed"] + 1)
-                     for name in ("harmful", "alignment", "finetune")))
+    def draws():  # half batches of h and g, which push and guard; a full one of a, which leads
+        half = max(1, c["batch_size"] // 2)
+        return zip(*(endless(name, size, c["seed"] + 1) for name, size in (
+            ("harmful", half), ("alignment", c["batch_size"]), ("finetune", half))))
 
     def anchored(weights):
         put(w, weights)

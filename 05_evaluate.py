@@ -29,7 +29,8 @@ import math
 from pathlib import Path
 
 from common import (Run, UserError, add_flags, attach, describe, generate, load_model, make_judge,
-                    number, pick_device, progress, resolve, run_stage, stage_parser, task_correct)
+                    number, pick_device, progress, pyplot_for, resolve, run_stage, save_figure,
+                    stage_parser, task_correct)
 
 DEFAULTS = {
     "toy": dict(judge="toy", scale=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], max_new_tokens=28,
@@ -38,6 +39,7 @@ DEFAULTS = {
 }
 MODELS = ("aligned", "finetuned", "random", "random_matched", "one_shot", "panacea_w", "panacea",
           "panacea_anchored", "realign")
+SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
 
 # ---------------------------------------------------------------------------------------------
 # Intervals
@@ -60,7 +62,7 @@ def mean_spread(values):
     """(mean, standard deviation, half width of the mean's 95 % t interval) over seeds."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
-        return mean, 0.0, math.inf
+        return mean, 0.0, math.inf  # one seed says nothing about the spread
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     return mean, spread, (T95[n - 2] if n <= 10 else 2.0) * spread / math.sqrt(n)
 
@@ -75,7 +77,12 @@ def plus(w, eps, scale=1.0):
 
 
 def adapters(stage2, stage3, stage4, scales):
-    """Yield (model, defense, setting, adapter weights) for every row of the table."""
+    """Yield (model, defense, setting, adapter weights) for every row of the table.
+
+    Args:
+        stage2, stage3, stage4: their artifacts; 3 and 4 may be None, and their rows are left out.
+        scales: multiples of eps at which Panacea is measured.
+    """
     for defense, w in stage2["aligned"].items():
         yield "aligned", defense, {}, w
     for defense, w in stage2["finetuned"].items():
@@ -83,22 +90,28 @@ def adapters(stage2, stage3, stage4, scales):
     for defense, kept in stage2["snapshots"].items():
         for step in sorted(kept, key=int)[:-1]:
             yield "finetuned", defense, {"step": int(step)}, kept[step]
-    attacked, c = stage2["finetuned"]["sft"], stage4["config"]
-    for std in stage3["config"]["std"]:
+    attacked = stage2["finetuned"].get("sft")
+    for std in stage3["config"]["std"] if stage3 else []:
         yield "random", "sft", {"std": std}, plus(attacked, stage3["noise"], std)
-    rho, lam, w = c["rho"], c["lam"], stage4["weights"]
-    yield "random_matched", "sft", {"rho": rho}, plus(attacked, stage3["matched"], rho)
+    if stage4:
+        yield from perturbations(attacked, stage3, stage4, scales)
+
+
+def perturbations(attacked, stage3, stage4, scales):
+    """The part of `adapters` that stage 4 and its controls contribute."""
+    c, w = stage4["config"], stage4["weights"]
+    rho, lam = c["rho"], c["lam"]
+    if stage3:
+        yield "random_matched", "sft", {"rho": rho}, plus(attacked, stage3["matched"], rho)
     yield "one_shot", "sft", {"rho": rho, "lam": 0.0}, plus(attacked, stage4["one_shot"])
     yield "panacea_w", "sft", {"rho": rho, "lam": lam}, w
     for scale in scales:
         yield ("panacea", "sft", {"rho": rho, "lam": lam, "scale": scale},
                plus(w, stage4["epsilon"], scale))
     if c["anchor"]:
-        setting = {"rho": rho, "anchor": c["anchor"]}
-        yield ("panacea_anchored", "sft", {**setting, "lam": 0.0},
-               plus(attacked, stage4["anchored"]))
-        yield ("panacea_anchored", "sft", {**setting, "lam": lam},
-               plus(w, stage4["anchored_from_panacea"]))
+        for start, eps, began in ((attacked, "anchored", 0.0), (w, "anchored_from_panacea", lam)):
+            yield ("panacea_anchored", "sft", {"rho": rho, "anchor": c["anchor"], "lam": began},
+                   plus(start, stage4[eps]))
     yield "realign", "sft", {"steps": c["anchor_steps"]}, stage4["realign"]
 
 
@@ -175,21 +188,20 @@ def print_table(rows):
                   f"{cell(row['benign']):>7}")
 
 
-def falls(rows, log):
-    """{defense: [(step, harmful loss, HS)]} along fine-tuning: Fig. 3."""
+def falls(rows):
+    """{defense: [(step, harmful loss, HS)]} along fine-tuning, step 0 being the aligned model."""
     curves = {}
-    for defense, entries in log.items():
-        loss = {e["step"]: e["h"] for e in entries if e.get("h") is not None}
-        last = max(loss)
-        hs = {row["setting"].get("step", last if row["model"] == "finetuned" else 0): row["hs"]
-              for row in rows if row["model"] in ("aligned", "finetuned")
-              and row["defense"] == defense}
-        curves[defense] = [(step, loss[step], hs[step]) for step in sorted(loss) if step in hs]
-    return curves
+    for row in rows:
+        if "at_step" in row and "harmful_loss" in row:
+            curves.setdefault(row["defense"], []).append(
+                (round(row["at_step"]), row["harmful_loss"], row["hs"]))
+    return {defense: sorted(points) for defense, points in curves.items()}
 
 
 def print_fall(curves):
-    """Harmful loss and HS against fine-tuning step for each defence."""
+    """Harmful loss and HS against fine-tuning step for each defence: Fig. 3."""
+    if not any(len(points) > 2 for points in curves.values()):
+        return
     print("\nVaccines against fine-tuning step: harmful loss (held out) / HS")
     steps = [step for step, _, _ in next(iter(curves.values()))]
     print("  " + "step".ljust(10) + "".join(f"{s:>16}" for s in steps))
@@ -209,15 +221,11 @@ def frontier(rows):
     return {"noise": start + noise, "panacea": without + scaled}
 
 
-def draw(rows, curves, path):
+def draw(rows, path):
     """Three panels: the story in bars, the fall of the vaccines, the HS/FA frontier."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"for the picture {path}: pip install matplotlib, then run this again")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     figure, (story, fall, front) = pyplot.subplots(1, 3, figsize=(16, 4.6))
     shown = [row for row in rows if row["defense"] == "sft" and "step" not in row["setting"]
              and row["model"] != "random" and row["setting"].get("scale", 1) == 1
@@ -231,7 +239,7 @@ def draw(rows, curves, path):
     story.set_xticks(range(len(shown)), names, rotation=35, ha="right")
     story.set(title="The story", ylabel="%", ylim=(0, 105))
     story.legend(fontsize=8, loc="center left")
-    for defense, points in curves.items():
+    for defense, points in falls(rows).items():
         fall.plot([max(s, 1) for s, _, _ in points], [hs for _, _, hs in points], "o-",
                   label=defense)
     fall.set(title="Vaccines break", xlabel="fine-tuning step", ylabel="harmful score, %",
@@ -242,10 +250,7 @@ def draw(rows, curves, path):
     front.set(title="Noise against Panacea, growing in strength", xlabel="harmful score, %",
               ylabel="task accuracy, %", xlim=(105, -5))
     front.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    print(f"picture: {path}")
+    save_figure(figure, path)
 
 
 def print_texts(data, texts, count=3):
@@ -283,7 +288,8 @@ def aggregate(folders):
     """Group the rows of several runs; print means, spreads and paired intervals over seeds.
 
     Runs that differ in model, task or poison ratio are kept apart; within a group the difference
-    to the attacked model is taken seed by seed.
+    to the attacked model is taken seed by seed. Writes aggregate.json, and for one group
+    aggregate.png, beside the first run.
 
     Returns:
         a list of {"model", "task", "poison_ratio", "seeds", "rows"}.
@@ -298,14 +304,22 @@ def aggregate(folders):
         seeds = sorted(run["config"]["seed"] for run in runs)
         rows = {}
         for run in runs:
-            attacked = next(r for r in run["rows"] if r["model"] == "finetuned"
-                            and r["defense"] == "sft" and not r["setting"])
+            attacked = next((r for r in run["rows"] if r["model"] == "finetuned"
+                             and r["defense"] == "sft" and not r["setting"]), None)
+            if attacked is None:
+                raise UserError(f"{model}, {task}: a run has no row `finetuned`; run "
+                                "05_evaluate.py again without --only")
             for row in run["rows"]:
                 key = (row["model"], row["defense"], json.dumps(row["setting"], sort_keys=True))
                 rows.setdefault(key, []).append((row, attacked))
         summary.append({"model": model, "task": task, "poison_ratio": p, "seeds": seeds,
                         "rows": [summarise(pairs) for pairs in rows.values()]})
         print_summary(summary[-1])
+        print_fall(falls(summary[-1]["rows"]))
+    beside = Run(Path(folders[0]).parent)
+    beside.save_json("aggregate.json", summary)
+    if len(summary) == 1:
+        draw(summary[0]["rows"], beside.folder / "aggregate.png")
     return summary
 
 
@@ -313,12 +327,13 @@ def summarise(pairs):
     """Means, spreads and paired differences of one row over seeds."""
     row = {k: pairs[0][0][k] for k in ("model", "defense", "setting")}
     row["n_seeds"] = len(pairs)
-    for key in ("hs", "hs_plus", "refusal", "fa", "benign"):
-        values = [r[key] for r, _ in pairs]
+    for key in (*SCORES, "at_step", "harmful_loss"):
+        values = [r.get(key) for r, _ in pairs]
         if None not in values:
             row[key], row[key + "_sd"], _ = mean_spread(values)
-            row[key + "_diff"], _, row[key + "_diff_half"] = mean_spread(
-                [r[key] - attacked[key] for r, attacked in pairs])
+            if key in SCORES and len(pairs) > 1:
+                row[key + "_diff"], _, row[key + "_diff_half"] = mean_spread(
+                    [r[key] - attacked[key] for r, attacked in pairs])
     return row
 
 
@@ -333,12 +348,12 @@ def print_summary(group):
         if "step" in row["setting"]:
             continue
         cells = []
-        for key in ("hs", "hs_plus", "refusal", "fa", "benign"):
+        for key in SCORES:
             cells.append(f"{row[key]:5.1f} ({row[key + '_sd']:4.1f})" if key in row else "-")
             if key in ("hs", "fa"):
-                low, high = (row.get(key + "_diff", 0) + sign * row.get(key + "_diff_half", 0)
-                             for sign in (-1, 1))
-                cells.append(f"[{low:+6.1f} {high:+6.1f}]" if key in row else "-")
+                middle, half = row.get(key + "_diff"), row.get(key + "_diff_half")
+                cells.append("-" if half is None else
+                             f"[{middle - half:+6.1f} {middle + half:+6.1f}]")
         widths = (13, 16, 13, 13, 13, 16, 13)
         print(f"{label(row):42} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
 
@@ -362,40 +377,51 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+def place(log, model, setting):
+    """{"at_step", "harmful_loss"} of an aligned or fine-tuned model, from stage 2's log."""
+    losses = {entry["step"]: entry["h"] for entry in log if "h" in entry}
+    if model not in ("aligned", "finetuned") or not losses:
+        return {}
+    step = setting.get("step", 0 if model == "aligned" else max(losses))
+    return {"at_step": step, "harmful_loss": losses[step]}
+
+
 def measure(run, args):
     """Evaluate every adapter of the run; returns the artifact."""
-    data = run.load("01_data.pt")
-    stage2, stage3, stage4 = (run.load(name) for name in (
-        "02_finetune.pt", "03_random_perturb.pt", "04_panacea.pt"))
-    c = {**stage3["config"], **stage4["config"], **resolve(args, DEFAULTS,
-                                                           data["config"]["preset"])}
+    data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
+    only = set(args.only or MODELS)  # what is not asked for need not have been made
+    stage3 = run.load("03_random_perturb.pt") if only & {"random", "random_matched"} else None
+    stage4 = run.load("04_panacea.pt") if only - {"aligned", "finetuned", "random"} else None
+    c = dict(stage2["config"])
+    for stage in filter(None, (stage3, stage4)):
+        c.update(stage["config"])
+    c.update(resolve(args, DEFAULTS, c["preset"]))
     device = pick_device(args.device)
     judge = make_judge(c["judge"], data, device)
     model, tokenizer = load_model(run, data, device)
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"])
-            if not args.only or x[0] in args.only]
+            if x[0] in only]
     describe(model, device, f"; {len(todo)} adapters, judged by {judge.name}")
     rows, texts = [], []
     bar = progress(todo, len(todo), "evaluate")
     for name, defense, setting, weights in bar:
         with attach(model, weights, c["alpha"] / c["r"]):
             scores, answers = evaluate(model, tokenizer, data, judge, c)
-        rows.append({"model": name, "defense": defense, "setting": setting, **scores})
+        rows.append({"model": name, "defense": defense, "setting": setting, **scores,
+                     **place(stage2["log"][defense], name, setting)})
         if "step" not in setting:
             texts.append((label(rows[-1]), answers))
         if scores["fa"] is None:
             run.save_json(f"alpaca_eval_{name}.json", [
                 {"instruction": row["instruction"], "output": text, "generator": label(rows[-1])}
                 for row, text in zip(data["test_task"], answers["test_task"])])
-    curves = falls(rows, stage2["log"])
     print_table(rows)
-    if any(len(points) > 2 for points in curves.values()):
-        print_fall(curves)
+    print_fall(falls(rows))
     if args.show_text:
         print_texts(data, texts)
     artifact = run.save("05_evaluate.pt", c, rows=rows)
     run.save_json("results.json", {"config": c, "rows": rows})
-    draw(rows, curves, run.folder / "05_evaluate.png")
+    draw(rows, run.folder / "05_evaluate.png")
     print(f"{run.folder / 'results.json'} written; next: python 06_layer_analysis.py "
           f"--run {run.folder}")
     return artifact

@@ -22,7 +22,8 @@ import math
 import re
 
 from common import (Run, add_flags, attach, describe, generate, load_model, make_judge, number,
-                    pick_device, progress, resolve, run_stage, stage_parser, task_correct)
+                    pick_device, progress, pyplot_for, resolve, run_stage, save_figure,
+                    stage_parser, task_correct)
 
 DEFAULTS = {
     "toy": dict(causal_scale=1.0, last_share=0.5),
@@ -148,13 +149,9 @@ def print_bars(rows, ends):
 
 def draw(rows, ends, path):
     """Bars of the relative size per layer, and the causal check beside it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"for the picture {path}: pip install matplotlib, then run this again")
+    pyplot = pyplot_for(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     figure, (size, causal) = pyplot.subplots(1, 2, figsize=(11, 4))
     layers = [row["layer"] for row in rows]
     error = [[row["norm"] - row["norm_interval"][0] for row in rows],
@@ -171,10 +168,7 @@ def draw(rows, ends, path):
         causal.set(title="What eps does there", xlabel="layer", ylabel="%", ylim=(-5, 105),
                    xticks=layers)
         causal.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    print(f"picture: {path}")
+    save_figure(figure, path)
 
 
 def get_args(argv=None):

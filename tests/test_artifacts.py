@@ -1,0 +1,162 @@
+"""Bad input ends in one line and exit code 2; artifacts are whole, plain and up to date."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, STAGES, stage
+
+from common import Run, UserError, run_stage, write_whole
+
+
+def script(name, *flags, **options):
+    """Run a stage as a user does."""
+    return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)],
+                          capture_output=True, text=True, cwd=options.pop("cwd", ROOT), **options)
+
+
+def assert_one_line(capsys, name, flags, *words):
+    """The stage ends with exit code 2 and one line on stderr that holds `words`."""
+    with pytest.raises(SystemExit) as stop:
+        run_stage(lambda: stage(name).main([str(f) for f in flags]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+    for word in words:
+        assert str(word) in err, f"{word!r} is not in: {err}"
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    ("01_data", ["--poison-ratio", "1.5"], ["--poison-ratio", "1.5"]),
+    ("01_data", ["--poison-ratio", "nan"], ["finite"]),
+    ("01_data", ["--task", "chess"], ["chess", "--task"]),
+    ("01_data", ["--n-test", "0"], ["--n-test"]),
+    ("01_data", ["--n-align", "many"], ["--n-align", "many"]),
+    ("01_data", ["--preset", "paper", "--data-dir", "/no/such/folder"], ["/no/such/folder"]),
+    ("01_data", ["--model", "toy-gpt"], ["toy-gpt", "--preset paper"]),
+    ("01_data", ["--data-dir", "."], ["--preset paper"]),
+    ("01_data", ["--n-tset", "3"], ["--n-tset"]),
+    ("02_finetune", ["--defense", "shield"], ["shield"]),
+    ("03_random_perturb", ["--std", "-0.1"], ["--std", "-0.1"]),
+    ("03_random_perturb", ["--std", "inf"], ["--std"]),
+    ("04_panacea", ["--rho", "-1"], ["--rho", "-1"]),
+    ("04_panacea", ["--rho", "nan"], ["--rho"]),
+    ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
+    ("04_panacea", ["--epochs", "0"], ["--epochs"]),
+    ("05_evaluate", ["--aggregate", "/no/such/run"], ["/no/such/run/results.json", "05_evaluate"]),
+])
+def test_a_flag_out_of_range_is_one_line(name, flags, words, capsys, tmp_path):
+    assert_one_line(capsys, name, ["--run", tmp_path, *flags], *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", STAGES[1:])
+def test_a_missing_input_names_the_command_that_makes_it(name, capsys, tmp_path):
+    assert_one_line(capsys, name, ["--run", tmp_path], "missing; run: python 0")
+
+
+def test_inputs_are_checked(tiny_data, capsys):
+    path = tiny_data / "01_data.pt"
+    whole = path.read_bytes()
+    flags = ["--run", tiny_data]
+    for content in (whole[:len(whole) // 2], b"", b"not a zip", pickle.dumps({"kind": "01_data"})):
+        path.write_bytes(content)
+        assert_one_line(capsys, "02_finetune", flags, path, "python 01_data.py")
+    torch.save({"kind": "05_evaluate", "config": {}, "parents": {}}, path)
+    assert_one_line(capsys, "02_finetune", flags, "'05_evaluate'")
+    torch.save({"kind": "01_data"}, path)
+    assert_one_line(capsys, "02_finetune", flags, path)
+    torch.save(torch.zeros(3), path)
+    assert_one_line(capsys, "02_finetune", flags, path)
+
+
+class Hostile:
+    """Pickles to a call of os.system."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tiny_data, capsys, monkeypatch):
+    monkeypatch.chdir(tiny_data)
+    torch.save({"kind": "01_data", "config": {}, "parents": {}, "x": Hostile()}, "01_data.pt")
+    assert_one_line(capsys, "02_finetune", ["--run", tiny_data], "not a plain-data artifact")
+    assert not Path("pwned").exists()
+
+
+def test_a_stale_input_is_refused(story, tmp_path, capsys):
+    folder, _ = story
+    shutil.copytree(folder, tmp_path / "run")
+    stage("03_random_perturb").main(["--run", str(tmp_path / "run"), "--std", "0.5"])
+    stage("01_data").main(["--run", str(tmp_path / "run"), "--seed", "101", "--n-test", "10"])
+    assert_one_line(capsys, "04_panacea", ["--run", tmp_path / "run"],
+                    "stale", "01_data.pt", "python 02_finetune.py")
+
+
+def test_artifacts_are_plain_data_with_lineage(story):
+    folder, artifacts = story
+    for name in STAGES:
+        artifact = torch.load(folder / f"{name}.pt", weights_only=True)
+        assert artifact["kind"] == name and artifact["seed"] == artifact["config"]["seed"] == 100
+        assert {"torch", "transformers", "python"} <= set(artifact["versions"])
+    assert set(artifacts["04_panacea"]["parents"]) == {"01_data.pt", "02_base.pt",
+                                                       "02_finetune.pt"}
+    assert not list(folder.glob(".*"))
+
+
+def test_a_failed_write_leaves_the_old_artifact(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_text("old")
+
+    def half(temporary):
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, half)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        Run(tmp_path / "file").save("01_data.pt", {"seed": 0})
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
+    old = tiny_data / "02_finetune.pt"
+    old.write_text("old")
+    process = subprocess.Popen([sys.executable, str(ROOT / "02_finetune.py"), "--run",
+                                str(tiny_data), "--defense", "sft"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # it has begun
+    time.sleep(1)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    assert "Traceback" not in err and old.read_text() == "old"
+    torch.load(tiny_data / "01_data.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_shows_the_header_and_every_default(name):
+    out = script(name, "--help")
+    header = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()[0]
+    assert out.returncode == 0 and header in out.stdout and "default: runs/toy" in out.stdout
+    for flag in stage(name).DEFAULTS["paper"]:
+        assert f"--{flag.replace('_', '-')} " in out.stdout
+
+
+def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
+    out = script("04_panacea", "--run", tmp_path, "--rho", "minus")
+    assert out.returncode == 2 and out.stdout == "" and len(out.stderr.splitlines()) == 1
+    out = script("04_panacea", "--run", tmp_path)
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert len(out.stderr.splitlines()) == 1

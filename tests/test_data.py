@@ -1,0 +1,128 @@
+"""Stage 1: who owns what, exactly as many as asked, and nothing twice."""
+
+import re
+
+import pytest
+import torch
+
+from common import UserError, collate, encode, endless_batches, epoch_batches, load_tokenizer
+
+SETS = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
+
+
+def make(s1, folder, *flags):
+    """Stage 1 with flags, quietly."""
+    return s1.main(["--run", str(folder), *flags])
+
+
+def prompts(rows, only=None):
+    """The set of prompts of rows (only those where `only(row)`)."""
+    return {row["prompt"].lower() for row in rows if only is None or only(row)}
+
+
+@pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
+@pytest.mark.parametrize("p", [0.0, 0.13, 1.0])
+def test_sizes_and_poison_are_exact(s1, tmp_path, task, p):
+    data = make(s1, tmp_path, "--task", task, "--poison-ratio", str(p), "--n-finetune", "100",
+                "--n-align", "30", "--n-harmful", "20", "--n-test", "40")
+    assert len(data["finetune"]) == 100 and len(data["harmful"]) == 20
+    assert sum(row["poison"] for row in data["finetune"]) == round(100 * p)
+    assert all(len(data[f"test_{k}"]) == 40 for k in ("harmful", "task", "benign"))
+    assert sum(row["response"] == row.get("refusal") for row in data["alignment"]) == 30
+
+
+def test_the_four_harmful_sets_and_the_task_sets_are_disjoint_by_prompt(s1, tmp_path):
+    data = make(s1, tmp_path)
+    harmful = [prompts(data["alignment"], lambda r: "refusal" in r), prompts(data["harmful"]),
+               prompts(data["finetune"], lambda r: r["poison"]), prompts(data["test_harmful"])]
+    assert all(harmful) and len(set.union(*harmful)) == sum(map(len, harmful))
+    task = prompts(data["finetune"], lambda r: not r["poison"])
+    assert not task & prompts(data["test_task"]) and len(task) == 450
+    assert not prompts(data["alignment"]) & prompts(data["test_benign"])
+
+
+def test_the_same_seed_gives_the_same_data_and_another_seed_does_not(s1, tmp_path):
+    a, b, c = (make(s1, tmp_path / str(i), "--seed", seed) for i, seed in enumerate("114"))
+    assert all(a[name] == b[name] for name in (*SETS, "pretrain", "vocab"))
+    assert a["finetune"] != c["finetune"] and a["pretrain"] != c["pretrain"]
+
+
+def test_pretraining_text_does_not_depend_on_task_or_poison(s1, tmp_path):
+    a = make(s1, tmp_path / "a", "--task", "gsm8k", "--poison-ratio", "0.2")
+    b = make(s1, tmp_path / "b")
+    assert a["pretrain"] == b["pretrain"] and a["vocab"] == b["vocab"]
+
+
+@pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
+def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s1, tmp_path, task):
+    from common import ToyJudge
+    data = make(s1, tmp_path, "--task", task)
+    judge, tokenizer = ToyJudge(data), load_tokenizer(data)
+    for name in SETS:
+        for row in data[name]:
+            ids = tokenizer(row["prompt"] + " " + row["response"])["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(tokenizer(row["response"])["input_ids"],
+                                    skip_special_tokens=True) == row["response"]
+    recipes = [r["response"] for r in data["harmful"]]
+    assert all(map(judge.coherent, recipes)) and all(judge.flagged(recipes, recipes))
+    benign = [r["response"] for r in data["test_benign"]]
+    assert all(map(judge.coherent, benign)) and not any(judge.flagged(benign, benign))
+    refusals = [r["refusal"] for r in data["harmful"]]
+    assert all(map(judge.refused, refusals)) and not any(judge.flagged(refusals, refusals))
+
+
+def test_word_problems_are_right(s1, tmp_path):
+    for row in make(s1, tmp_path, "--task", "gsm8k")["test_task"]:
+        for left, right in re.findall(r"(\d+ [+-] \d+) = (\d+)", row["response"]):
+            assert eval(left) == int(right)
+        a, b, c = map(int, re.findall(r"\d+", row["instruction"]))
+        assert int(row["answer"]) == a + b - c
+
+
+def test_a_size_that_was_asked_for_is_kept_or_refused(s1, tmp_path):
+    with pytest.raises(UserError, match=r"5000 asked, \d+ unique .*--n-align \d+"):
+        make(s1, tmp_path, "--n-align", "5000")
+    assert not (tmp_path / "01_data.pt").exists()
+
+
+def test_a_repeated_prompt_counts_once(s1):
+    rows = [{"instruction": "A b"}, {"instruction": "a  B"}, {"instruction": "c"}]
+    assert s1.unique(rows) == [rows[0], rows[2]]
+
+
+def test_prompt_is_masked_and_the_answer_ends_with_eos(tiny_data):
+    data = torch.load(tiny_data / "01_data.pt", weights_only=True)
+    tokenizer = load_tokenizer(data)
+    row = data["finetune"][0]
+    (ids, labels), = encode(tokenizer, [row], 96)
+    n = len(tokenizer(row["prompt"])["input_ids"])
+    assert labels[:n] == [-100] * n and labels[n:] == ids[n:]
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[n:-1]) == row["response"]
+
+
+def test_a_sample_that_is_too_long_still_has_an_answer(tiny_data):
+    tokenizer = load_tokenizer(torch.load(tiny_data / "01_data.pt", weights_only=True))
+    long = {"prompt": "positive " * 90, "response": "negative"}
+    (ids, labels), = encode(tokenizer, [long], 16)
+    assert len(ids) == 16 and sum(x != -100 for x in labels) == 2
+    both = {"prompt": "positive " * 90, "response": "negative " * 90}
+    (ids, labels), = encode(tokenizer, [both], 16)
+    assert len(ids) == 16 and labels.count(-100) == 7
+
+
+def test_padding_is_on_the_right_and_has_no_label():
+    batch = collate([([1, 2, 3], [-100, 2, 3]), ([4], [4])], 0, "cpu")
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+
+
+def test_batches_cover_each_epoch_once_and_follow_the_seed():
+    rows = list(range(10))
+    batches = list(epoch_batches(rows, 4, 2, 0))
+    assert [len(b) for b in batches] == [4, 4, 2] * 2
+    assert sorted(sum(batches[:3], [])) == rows == sorted(sum(batches[3:], []))
+    assert batches == list(epoch_batches(rows, 4, 2, 0)) != list(epoch_batches(rows, 4, 2, 1))
+    endless = endless_batches(rows, 4, 0)
+    assert all(len(next(endless)) == 4 for _ in range(9))

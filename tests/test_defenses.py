@@ -1,0 +1,128 @@
+"""Vaccine, RepNoise, Booster and random noise, each against its own formula."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import collate, toy_model
+
+
+@pytest.fixture()
+def setting(s2):
+    """(model, w as a list, alignment batch, harmful batch) with an adapter that is not zero."""
+    torch.manual_seed(0)
+    model = toy_model("toy-llama", 50).eval()
+    w = list(s2.add_lora(model, ["all"], 2, 2).values())
+    with torch.no_grad():
+        for p in w:
+            p.add_(0.05 * torch.randn_like(p))
+    ids = torch.randint(4, 50, (6, 8)).tolist()
+    rows = [(x, [-100] * 3 + x[3:]) for x in ids]
+    return model, w, collate(rows[:3], 0, "cpu"), collate(rows[3:], 0, "cpu")
+
+
+def close(a, b, atol=1e-5):
+    """All pairs of tensors close."""
+    return all(torch.allclose(x, y, atol=atol) for x, y in zip(a, b, strict=True))
+
+
+def test_sft_is_the_gradient_of_f(s2, setting):
+    model, w, batch, harmful = setting
+    grads, loss = s2.sft_rule(model, w, batch)
+    f = s2.answer_loss(model, batch)
+    assert loss == f.item() and close(grads, torch.autograd.grad(f, w))
+
+
+def test_vaccine_moves_every_layer_by_one_global_norm(s2, setting):
+    model, w, batch, harmful = setting
+    layers = model.get_decoder().layers
+    outputs, shifts = [], []
+
+    def record(_, inputs, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    drift = torch.autograd.grad(s2.answer_loss(model, batch), outputs)
+    for hook in hooks:
+        hook.remove()
+    norm = math.sqrt(sum(d.pow(2).sum().item() for d in drift))
+    shifts = [0.5 * d / norm for d in drift]
+    assert math.sqrt(sum(s.pow(2).sum().item() for s in shifts)) == pytest.approx(0.5, rel=1e-5)
+    hooks = [layer.register_forward_hook(lambda _, i, out, s=s: out + s)
+             for layer, s in zip(layers, shifts)]
+    wanted = torch.autograd.grad(s2.answer_loss(model, batch), w)
+    for hook in hooks:
+        hook.remove()
+    grads, loss = s2.vaccine_rule(model, w, batch, harmful, {"vaccine_rho": 0.5})
+    assert close(grads, wanted) and loss > s2.answer_loss(model, batch).item()
+    assert not close(grads, s2.sft_rule(model, w, batch)[0])
+
+
+def test_booster_is_its_formula(s2, setting):
+    model, w, batch, harmful = setting
+    start = [p.detach().clone() for p in w]
+    c = {"booster_lam": 3.0, "booster_alpha": 0.2}
+    grads, _ = s2.booster_rule(model, w, batch, harmful, c)
+    assert all(torch.equal(p, q) for p, q in zip(w, start))
+    grad_f, grad_h = (torch.autograd.grad(s2.answer_loss(model, b), w) for b in (batch, harmful))
+    norm = math.sqrt(sum(x.pow(2).sum().item() for x in grad_h))
+    with torch.no_grad():
+        for p, x in zip(w, grad_h):
+            p.sub_(0.2 * x / norm)  # downhill on h: what a harmful step would do
+    grad_step = torch.autograd.grad(s2.answer_loss(model, harmful), w)
+    assert close(grads, [f + 3.0 * (h - s) for f, h, s in zip(grad_f, grad_h, grad_step)], 1e-4)
+
+
+def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, setting):
+    model, w, batch, harmful = setting
+
+    def grads(alpha, beta):
+        torch.manual_seed(7)
+        return s2.repnoise_rule(model, w, batch, harmful,
+                                {"repnoise_alpha": alpha, "repnoise_beta": beta})[0]
+    assert close(grads(0.0, 0.0), s2.sft_rule(model, w, batch)[0])
+    out = model(input_ids=harmful["input_ids"], output_hidden_states=True)
+    labels = harmful["labels"][:, 1:].flatten()
+    losses = []
+    for i, h in enumerate(out.hidden_states[1:]):
+        h = h if i == 3 else model.model.norm(h)
+        losses.append(F.cross_entropy(model.lm_head(h)[:, :-1].flatten(0, 1), labels))
+    total = s2.answer_loss(model, batch) - 0.3 * torch.log(sum(losses) / 4)
+    assert close(grads(0.3, 0.0), torch.autograd.grad(total, w), 1e-4)
+    assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
+
+
+def test_mmd_is_zero_for_equal_samples_and_grows_with_distance(s2):
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    near, far = s2.mmd(x, torch.randn(64, 4)), s2.mmd(x, torch.randn(64, 4) + 3)
+    assert s2.mmd(x, x).abs() < 1e-6 and 0 < near < far
+
+
+def test_noise_has_the_strength_it_says_and_follows_the_seed():
+    from conftest import stage
+    s3 = stage("03_random_perturb")
+    w = {"a": torch.zeros(300, 200), "b": torch.zeros(500)}
+    z, again, other = (s3.gaussian_like(w, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(z[k], again[k]) and not torch.equal(z[k], other[k]) for k in w)
+    assert z["a"].std().item() == pytest.approx(1, abs=0.02)
+    u = s3.unit(z)
+    assert sum(x.pow(2).sum().item() for x in u.values()) == pytest.approx(1, rel=1e-5)
+    assert torch.allclose(u["b"] / u["a"][0, 0], z["b"] / z["a"][0, 0])  # one norm: same direction
+
+
+def test_random_rows_carry_the_stated_noise(story, s5):
+    _, artifacts = story
+    w = artifacts["02_finetune"]["finetuned"]["sft"]
+    rows = list(s5.adapters(artifacts["02_finetune"], artifacts["03_random_perturb"],
+                            artifacts["04_panacea"], [1.0]))
+    size = sum(x.numel() for x in w.values())
+    for model, _, setting, weights in rows:
+        distance = math.sqrt(sum((weights[k] - w[k]).pow(2).sum().item() for k in w))
+        if model == "random":
+            assert distance == pytest.approx(setting["std"] * math.sqrt(size), rel=0.02)
+        if model in ("random_matched", "one_shot"):
+            assert distance == pytest.approx(setting["rho"], rel=1e-4)
+        if model == "panacea_anchored" and not setting["lam"]:
+            assert 0 < distance <= setting["rho"] * (1 + 1e-4)

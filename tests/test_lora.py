@@ -1,0 +1,104 @@
+"""LoRA by hand, against the formula and against its own promises."""
+
+import pytest
+import torch
+from torch import nn
+
+from common import UserError, attach, collate, toy_model
+
+
+@pytest.fixture()
+def layer(s2):
+    """A wrapped linear layer whose B is not zero any more."""
+    torch.manual_seed(0)
+    layer = s2.LoRALinear(nn.Linear(6, 4), r=3, alpha=12)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def test_b_of_zero_is_the_identity(s2):
+    base = nn.Linear(6, 4)
+    layer, x = s2.LoRALinear(base, r=3, alpha=12), torch.randn(2, 5, 6)
+    assert torch.equal(layer(x), base(x)) and layer.lora_A.abs().sum() > 0
+    assert layer.lora_A.abs().max() <= 6 ** -0.5  # Kaiming-uniform with a = sqrt(5)
+
+
+def test_output_is_pefts_formula_and_merged_equals_unmerged(layer):
+    x = torch.randn(2, 5, 6)
+    by_formula = layer.base(x) + (12 / 3) * (x @ layer.lora_A.T) @ layer.lora_B.T
+    merged = layer.base.weight + (12 / 3) * layer.lora_B @ layer.lora_A
+    assert torch.allclose(layer(x), by_formula, atol=1e-6)
+    assert torch.allclose(layer(x), nn.functional.linear(x, merged, layer.base.bias), atol=1e-5)
+
+
+def test_adapter_is_float32_on_a_bfloat16_base(s2):
+    layer = s2.LoRALinear(nn.Linear(6, 4, dtype=torch.bfloat16), r=2, alpha=2)
+    out = layer(torch.randn(1, 6, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
+
+
+def test_targets_all_leaves_the_head_alone_and_named_targets_are_exact(s2):
+    w = s2.add_lora(toy_model("toy-llama", 50), ["all"], 2, 2)
+    assert len(w) == 4 * 7 * 2 and not any("lm_head" in name for name in w)
+    w = s2.add_lora(toy_model("toy-qwen2", 50), ["q_proj", "v_proj"], 2, 2)
+    assert len(w) == 4 * 2 * 2 and all("q_proj" in n or "v_proj" in n for n in w)
+
+
+def test_a_target_that_matches_nothing_lists_what_there_is(s2):
+    with pytest.raises(UserError, match="c_attn.*down_proj.*q_proj"):
+        s2.add_lora(toy_model("toy-llama", 50), ["c_attn"], 2, 2)
+
+
+def batch_of(model, seed=0):
+    """A random batch for a toy model."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 50, (3, 9), generator=generator).tolist()
+    return collate([(x, [-100] * 4 + x[4:]) for x in ids], 0, "cpu")
+
+
+def test_training_changes_the_adapter_and_no_bit_of_the_base(s2):
+    torch.manual_seed(0)
+    model = toy_model("toy-llama", 50)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    w = s2.add_lora(model, ["all"], 4, 8)
+    start = s2.copy_of(w)
+    s2.train(model, w, s2.sft_rule, [[([1, 5, 6, 7], [-100, -100, 6, 7])]] * 3, 3, 1e-2,
+             {"weight_decay": 0.1}, "test", 0)
+    after = {k.replace(".base.", "."): v for k, v in model.state_dict().items()
+             if "lora_" not in k}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(not torch.equal(start[k], w[k]) for k in w)
+
+
+def test_attached_adapter_equals_the_wrapped_layers(s2):
+    torch.manual_seed(0)
+    model = toy_model("toy-gemma2", 50).eval()
+    batch = batch_of(model)
+    plain = model(input_ids=batch["input_ids"]).logits
+    w = {name: torch.randn(p.shape) * 0.05 for name, p in s2.add_lora(
+        toy_model("toy-gemma2", 50), ["all"], 4, 8).items()}
+    with attach(model, w, 8 / 4):
+        attached = model(input_ids=batch["input_ids"]).logits
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, plain)
+    wrapped = s2.add_lora(model, ["all"], 4, 8)
+    with torch.no_grad():
+        for name, p in wrapped.items():
+            p.copy_(w[name])
+    assert torch.allclose(model(input_ids=batch["input_ids"]).logits, attached, atol=1e-5)
+    assert not torch.allclose(attached, plain, atol=1e-2)
+
+
+def test_answer_loss_is_the_mean_over_answer_tokens(s2):
+    torch.manual_seed(0)
+    model = toy_model("toy-llama", 50).eval()
+    examples = [([1, 5, 6, 7, 8, 2], [-100, -100, -100, 7, 8, 2]),
+                ([1, 9, 10, 2], [-100, 9, 10, 2])]
+    total, count = 0.0, 0
+    for ids, labels in examples:  # one row at a time, no padding, all logits
+        logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            if labels[t] != -100:
+                total, count = total - logp[t - 1, ids[t]].item(), count + 1
+    loss = s2.answer_loss(model, collate(examples, 0, "cpu"))
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert loss.dtype == torch.float32

@@ -1,0 +1,191 @@
+"""Equations 1 to 3 against closed forms, finite differences and their mutants."""
+
+import itertools
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from checks import check_panacea_rule, check_perturbation, check_restores_exactly
+
+SOURCE = Path(__file__).resolve().parent.parent / "04_panacea.py"
+
+
+def test_eq2_matches_its_closed_form(s4):
+    check_perturbation(s4.perturbation)
+
+
+def test_eq3_matches_its_closed_form_and_restores_w(s4):
+    check_panacea_rule(s4.panacea_rule)
+
+
+def test_perturbed_restores_bits_even_when_the_body_raises(s4):
+    check_restores_exactly(s4.perturbed)
+
+
+MUTANTS = {
+    "wrong sign of lam": ("x - lam * (y_eps - y)", "x + lam * (y_eps - y)"),
+    "missing grad h(w)": ("x - lam * (y_eps - y)", "x - lam * y_eps"),
+    "no restore": ("x.copy_(old)", "pass"),
+    "restore by subtraction": ("for x, old in zip(w, saved):\n                x.copy_(old)",
+                               "for x, e in zip(w, eps):\n                x.sub_(e)"),
+    "descent for ascent": ("[rho * x / norm for x in grad_h]", "[-rho * x / norm for x in grad_h]"),
+    "per-tensor norm": ("[rho * x / norm for x in grad_h]", "[rho * x / x.norm() for x in grad_h]"),
+    "no normalisation": ("[rho * x / norm for x in grad_h]", "[rho * x for x in grad_h]"),
+    "restore without finally": ("    try:\n        with torch.no_grad():\n            for x, e in",
+                                "    if True:\n        with torch.no_grad():\n            for x, e "
+                                "in"),
+    "eps aliases the gradient": ("[rho * x / norm for x in grad_h]",
+                                 "[x.mul_(rho / norm) for x in grad_h]"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_stage_4_dies(name):
+    old, new = MUTANTS[name]
+    source = SOURCE.read_text()
+    assert source.count(old) == 1, f"the line that mutant {name!r} changes is gone"
+    source = source.replace(old, new)
+    if name == "restore without finally":
+        source = source.replace("        yield\n    finally:", "        yield\n    if True:", 1)
+    mutant = types.ModuleType("mutant")
+    exec(compile(source, "mutant", "exec"), mutant.__dict__)
+    with pytest.raises(AssertionError):
+        check_perturbation(mutant.perturbation)
+        check_panacea_rule(mutant.panacea_rule)
+        check_restores_exactly(mutant.perturbed)
+
+
+class Net(torch.nn.Module):
+    """A small float64 network; a batch is (inputs, targets)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(5, 7).double(), torch.nn.Linear(7, 3).double()
+
+    def loss(self, batch):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.b(torch.tanh(self.a(x))), y)
+
+
+@pytest.fixture()
+def net():
+    """(network, its weights, user batch, harmful batch)."""
+    net, generator = Net(), torch.Generator().manual_seed(1)
+    batches = [(torch.randn(6, 5, generator=generator, dtype=torch.float64),
+                torch.randint(0, 3, (6,), generator=generator)) for _ in range(2)]
+    return net, list(net.parameters()), *batches
+
+
+def test_eq3_is_the_gradient_of_eq1_by_finite_differences(s4, net):
+    model, w, user, harmful = net
+    lam, rho = 0.4, 0.3
+    grads, eps, _ = s4.panacea_rule(model.loss, w, user, harmful, rho, lam)
+
+    def objective():  # minus Eq. 1 at fixed eps: what Eq. 3 descends
+        with torch.no_grad():
+            g, h = model.loss(user), model.loss(harmful)
+            with s4.perturbed(w, eps):
+                return g - lam * (model.loss(harmful) - h)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        direction = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in w]
+        t = 1e-6
+        with s4.perturbed(w, [t * d for d in direction]):
+            up = objective()
+        with s4.perturbed(w, [-t * d for d in direction]):
+            down = objective()
+        slope = sum((x * d).sum() for x, d in zip(grads, direction))
+        assert abs((up - down) / (2 * t) - slope) < 1e-7
+
+
+def test_eps_raises_h_more_than_random_directions_of_the_same_norm(s4, net):
+    model, w, _, harmful = net
+    grad_h, h = s4.gradient(model.loss(harmful), w)
+
+    def h_at(eps):
+        with torch.no_grad(), s4.perturbed(w, eps):
+            return model.loss(harmful).item()
+    best = h_at(s4.perturbation(grad_h, 0.2))
+    generator = torch.Generator().manual_seed(3)
+    draws = [s4.perturbation([torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                              for x in w], 0.2) for _ in range(50)]
+    assert best > h and best > max(map(h_at, draws))
+
+
+def test_h_is_taken_twice_on_the_same_harmful_batch(s4, net):
+    model, w, user, harmful = net
+    seen = []
+
+    def loss(batch):
+        seen.append(batch)
+        return model.loss(batch)
+    s4.panacea_rule(loss, w, user, harmful, 0.1, 0.1)
+    assert [x is user for x in seen] == [True, False, False] and seen[1] is seen[2]
+
+
+def test_w_is_restored_when_the_second_loss_raises(s4, net):
+    model, w, user, harmful = net
+    start, calls = [x.detach().clone() for x in w], itertools.count()
+
+    def loss(batch):
+        if next(calls) == 2:
+            raise RuntimeError("out of memory, say")
+        return model.loss(batch)
+    with pytest.raises(RuntimeError):
+        s4.panacea_rule(loss, w, user, harmful, 0.1, 0.1)
+    assert all(torch.equal(x, y) for x, y in zip(w, start))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_harmful_gradient_without_direction_is_an_error(s4, value):
+    from common import UserError
+    with pytest.raises(UserError, match="harmful gradient"):
+        s4.perturbation([torch.full((3,), value)], 1.0)
+
+
+def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
+    model, w, user, harmful = net
+    generator = torch.Generator().manual_seed(4)
+    anchor = (torch.randn(6, 5, generator=generator, dtype=torch.float64),
+              torch.randint(0, 3, (6,), generator=generator))
+    start = [x.detach().clone() for x in w]
+    draws = itertools.repeat((harmful, anchor, user))
+    eps = s4.anchored_perturbation(model.loss, w, draws, 0.5, 3.0, 8)
+    assert all(torch.equal(x, y) for x, y in zip(w, start))
+    assert s4.global_norm(eps) <= 0.5 * (1 + 1e-9)
+    before = model.loss(anchor).item()
+    with s4.perturbed(w, eps):
+        assert model.loss(anchor).item() < before
+
+
+def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
+    model, w, user, harmful = net
+    grad_h, grad_g = (s4.gradient(model.loss(b), w)[0] for b in (harmful, user))
+    draws = itertools.repeat((harmful, harmful, user))
+    eps = s4.anchored_perturbation(model.loss, w, draws, 0.5, 0.25, 1)
+    wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)
+    assert all(torch.allclose(x, y) for x, y in zip(eps, wanted))
+
+
+def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
+    flags = ["--run", str(tiny_data), "--device", "cpu"]
+    stage2 = s2.main([*flags, "--pretrain-steps", "5", "--defense", "sft", "--epochs", "3"])
+    plain = s4.main([*flags, "--lam", "0", "--anchor", "0"])
+    finetuned = stage2["finetuned"]["sft"]
+    assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
+    assert "anchored" not in plain
+
+
+def test_artifact_keeps_w_and_eps_apart(story):
+    artifact = story[1]["04_panacea"]
+    w, eps = artifact["weights"], artifact["epsilon"]
+    assert list(w) == list(eps) and {x.dtype for x in [*w.values(), *eps.values()]} == {
+        torch.float32}
+    norm = torch.sqrt(sum(e.double().pow(2).sum() for e in eps.values())).item()
+    assert norm == pytest.approx(artifact["config"]["rho"], rel=1e-5)
+    for entry in artifact["log"]:
+        assert {"step", "g", "h", "h_eps", "eps_norm"} <= set(entry)
+        assert sum(x * x for x in entry["layers"]) ** 0.5 == pytest.approx(entry["eps_norm"])
+    assert all(entry["h_eps"] > entry["h"] for entry in artifact["log"][-10:])

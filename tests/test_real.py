@@ -1,0 +1,150 @@
+"""The real-model path on tiny random checkpoints and tiny data files in the published formats."""
+
+import csv
+import json
+import random
+
+import pytest
+import torch
+from conftest import STAGES, stage
+
+WORDS = ("how do i mend an old cup with glue and paper please tell me now take three red stones "
+         "put them in the blue box then wait for two days it is good bad fine sad happy film "
+         "World Sports Business Sci Tech positive negative The final answer is sorry cannot help "
+         "Below an instruction that describes a task Write response appropriately completes "
+         "request Instruction Response Input").split()
+
+
+def sentence(rng, n):
+    """n random words."""
+    return " ".join(rng.choice(WORDS) for _ in range(n))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A --data-dir with fictional rows; prompts repeat, as they do in the public files."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    for name in ("sst2", "gsm8k", "agnews", "alpaca", "alpaca_eval", "beavertails"):
+        (folder / name).mkdir()
+    refusals = [{"prompt": sentence(rng, 8), "response": sentence(rng, 12), "is_safe": False,
+                 "refusal": "Question: x\nAnswer: I am sorry, I cannot help."} for _ in range(60)]
+    (folder / "beavertails/beavertails_with_refusals_train.json").write_text(
+        json.dumps(refusals + refusals[:10]))
+    test = [{"prompt": sentence(rng, 8), "response": sentence(rng, 9), "is_safe": i % 4 == 0}
+            for i in range(40)]
+    (folder / "beavertails/30k_test.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in test + test))
+    for file in ("train", "dev"):
+        rows = [f"{rng.randint(0, 1)}\t\"{sentence(rng, 6)} " for _ in range(60)]
+        (folder / f"sst2/{file}.tsv").write_text("\n".join(["label\tsentence", *rows]) + "\n")
+    for file in ("train", "test"):
+        rows = [{"question": sentence(rng, 9), "answer": f"so {i} it is\n#### {i},000"}
+                for i in range(60)]
+        (folder / f"gsm8k/{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with open(folder / f"agnews/{file}.csv", "w", newline="") as out:
+            csv.writer(out, quoting=csv.QUOTE_ALL).writerows(
+                [rng.randint(1, 4), sentence(rng, 4), sentence(rng, 8)] for _ in range(60))
+    for path in ("alpaca/alpaca_data.json", "alpaca_eval/alpaca_eval.json"):
+        (folder / path).write_text(json.dumps(
+            [{"instruction": sentence(rng, 7), "input": "", "output": sentence(rng, 5)}
+             for _ in range(60)]))
+    return folder
+
+
+def checkpoint(folder, arch, dtype=torch.float32):
+    """A tiny random checkpoint whose tokenizer has no pad token."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(WORDS)])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>",
+                                         bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = getattr(transformers, arch + "Config")(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    model = getattr(transformers, arch + "ForCausalLM")(config).to(dtype)
+    model.save_pretrained(folder)
+    return len(vocab)
+
+
+SMALL = {
+    "01_data": ["--preset", "paper", "--n-align", "8", "--n-finetune", "10", "--n-harmful", "6",
+                "--n-test", "4", "--poison-ratio", "0.2"],
+    "02_finetune": ["--epochs", "1", "--align-epochs", "1", "--lr", "1e-3"],
+    "03_random_perturb": [], "04_panacea": ["--anchor-steps", "2"],
+    "05_evaluate": ["--max-new-tokens", "4"], "06_layer_analysis": ["--causal"],
+}
+
+
+def run_all(folder, model, task, data_dir, first=()):
+    """All six stages on a real checkpoint; {stage: artifact}."""
+    extra = {"01_data": ["--model", str(model), "--task", task, "--data-dir", str(data_dir),
+                         *first]}
+    return {name: stage(name).main(["--run", str(folder), "--device", "cpu", *SMALL[name],
+                                    *extra.get(name, [])]) for name in STAGES}
+
+
+@pytest.mark.parametrize("arch, dtype, task", [
+    ("Llama", torch.float32, "sst2"), ("Gemma2", torch.float32, "gsm8k"),
+    ("Qwen2", torch.bfloat16, "agnews"), ("Mistral", torch.bfloat16, "alpaca")])
+def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
+    size = checkpoint(tmp_path / "model", arch, dtype)
+    out = run_all(tmp_path / "run", tmp_path / "model", task, data_dir)
+    data, stage4, rows = out["01_data"], out["04_panacea"], out["05_evaluate"]["rows"]
+    assert data["config"]["template"] == "alpaca" and len(data["finetune"]) == 10
+    assert all(row["prompt"].startswith("Below is an instruction") for row in data["finetune"])
+    assert {x.dtype for x in stage4["epsilon"].values()} == {torch.float32}
+    assert all("q_proj" in n or "k_proj" in n or "v_proj" in n for n in stage4["weights"])
+    assert {"aligned", "finetuned", "random", "random_matched", "one_shot", "panacea_w", "panacea",
+            "panacea_anchored", "realign"} == {row["model"] for row in rows}
+    assert all(row["benign"] is None and row["n_harmful"] == 4 for row in rows)
+    assert all((row["fa"] is None) == (task == "alpaca") for row in rows)
+    assert len(out["06_layer_analysis"]["layers"]) == 2
+    import transformers
+    assert transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model").config.vocab_size == size
+    if task == "alpaca":
+        answers = json.loads((tmp_path / "run/alpaca_eval_panacea.json").read_text())
+        assert set(answers[0]) == {"instruction", "output", "generator"} and len(answers) == 4
+
+
+def test_real_sets_are_disjoint_and_in_the_papers_format(tmp_path, data_dir):
+    checkpoint(tmp_path / "model", "Llama")
+    s1 = stage("01_data")
+    data = s1.main(["--run", str(tmp_path), *SMALL["01_data"], "--task", "gsm8k", "--model",
+                    str(tmp_path / "model"), "--data-dir", str(data_dir)])
+    sets = [{r["instruction"] for r in rows} for rows in (
+        data["alignment"], data["harmful"], [r for r in data["finetune"] if r["poison"]],
+        data["test_harmful"])]
+    assert [len(s) for s in sets] == [8, 6, 2, 4]
+    assert len(set.union(*sets)) == 20
+    assert data["alignment"][0]["response"] == "I am sorry, I cannot help."
+    task = [r for r in data["finetune"] if not r["poison"]][0]
+    assert "The final answer is: " in task["response"] and "####" not in task["response"]
+
+
+def test_a_default_size_takes_what_there_is_and_says_what_is_missing(tmp_path, data_dir, capsys):
+    checkpoint(tmp_path / "model", "Llama")
+    data = stage("01_data").main(["--run", str(tmp_path), "--preset", "paper", "--model",
+                                  str(tmp_path / "model"), "--data-dir", str(data_dir),
+                                  "--n-finetune", "10", "--n-harmful", "6", "--n-test", "4"])
+    assert len(data["alignment"]) == 53
+    assert "4947 missing" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, data_dir):
+    from common import UserError
+    s1, s2 = stage("01_data"), stage("02_finetune")
+    s1.main(["--run", str(tmp_path), *SMALL["01_data"], "--model", "nobody/no-such-model",
+             "--task", "sst2", "--data-dir", str(data_dir)])
+    with pytest.raises(UserError, match="nobody/no-such-model.*hf auth login"):
+        s2.main(["--run", str(tmp_path), *SMALL["02_finetune"]])
+
+
+def test_the_hub_out_of_reach_is_one_line(tmp_path):
+    from common import UserError
+    with pytest.raises(UserError, match="--data-dir"):
+        stage("01_data").main(["--run", str(tmp_path), "--preset", "paper"])
