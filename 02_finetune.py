@@ -41,7 +41,7 @@ from common import (TOY_MODELS, Run, UserError, add_flags, collate, describe, en
 DEFAULTS = {
     "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=10, lr=6e-4,
                 batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=4,
-                vaccine_rho=1.0, repnoise_alpha=0.02, repnoise_beta=0.1, booster_lam=10.0,
+                vaccine_rho=10.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
                 booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3),
     "paper": dict(align_epochs=20, align_lr=5e-4, align_batch_size=10, epochs=20, lr=2e-5,
                   batch_size=10, weight_decay=0.1, r=32, alpha=4,
