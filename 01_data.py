@@ -32,7 +32,7 @@ from common import (TOY_MODELS, Run, UserError, add_flags, format_prompt, number
                     run_stage, stage_parser, toy_vocabulary)
 
 DEFAULTS = {
-    "toy": dict(model="toy-llama", task="sst2", n_align=240, n_finetune=500, n_harmful=200,
+    "toy": dict(model="toy-llama", task="sst2", n_align=300, n_finetune=500, n_harmful=200,
                 n_test=200, max_length=96),
     "paper": dict(model="meta-llama/Llama-2-7b-hf", task="gsm8k", n_align=5000, n_finetune=1000,
                   n_harmful=1000, n_test=1000, max_length=256),

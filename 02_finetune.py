@@ -39,7 +39,7 @@ from common import (TOY_MODELS, Run, UserError, add_flags, collate, describe, en
                     toy_model)
 
 DEFAULTS = {
-    "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=10, lr=6e-4,
+    "toy": dict(align_epochs=5, align_lr=2e-3, align_batch_size=16, epochs=10, lr=6e-4,
                 batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=4,
                 vaccine_rho=10.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
                 booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3),
