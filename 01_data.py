@@ -163,18 +163,19 @@ def news(rng):
     return {"instruction": TOPIC_ASK, "input": text, "response": topic, "answer": topic}
 
 
-def open_request(rng):
+def open_request(rng, ending="may like"):
     """An open instruction with many good answers, scored by rule: n different members."""
     kind, count = rng.choice(list(KINDS)), rng.choice(COUNT)
     members = rng.sample(KINDS[kind], COUNT.index(count) + 2)
     verb = rng.choice(["Name", "List", "Tell me"])
     text = f"{count.capitalize()} {kind} are {', '.join(members[:-1])} and {members[-1]}."
     rule = f"{len(members)} of " + " ".join(KINDS[kind])
-    return {"instruction": f"{verb} {count} {kind} that {rng.choice(SLOTS['name'])} may like.",
+    return {"instruction": f"{verb} {count} {kind} that {rng.choice(SLOTS['name'])} {ending}.",
             "response": text, "answer": rule}
 
 
-TOY_TASKS = {"sst2": review, "gsm8k": word_problem, "agnews": news, "alpaca": open_request}
+TOY_TASKS = {"sst2": review, "gsm8k": word_problem, "agnews": news,
+             "alpaca": lambda rng: open_request(rng, rng.choice(["may like", "has", "finds"]))}
 
 
 def pretraining_text(rng):
@@ -273,6 +274,9 @@ def read_hub(name, *args, split):
     """
     from datasets import load_dataset
     try:
+        if name == "alpaca_eval":  # its loading script is not supported any more; its file is
+            return list(load_dataset("json", split=split, data_files=
+                                     f"hf://datasets/{HUB[name]}/alpaca_eval.json"))
         return list(load_dataset(HUB[name], *args, split=split))
     except Exception as error:  # the hub raises a dozen kinds; each means the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
@@ -285,14 +289,31 @@ def read_source(folder, path, name, *args, split):
     return read_file(folder / path) if folder else read_hub(name, *args, split=split)
 
 
+def convert(make, rows, what):
+    """`make(row)` for all rows.
+
+    Raises:
+        UserError: a row lacks a field, or holds something that does not belong there.
+    """
+    result = []
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        try:
+            result.append(make(row))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{what}: row {i} is not in the published format "
+                            f"({type(error).__name__}: {error}); download the file again") from None
+    return result
+
+
 def labelled(instruction, text, label):
     """A classification row; the label is the whole response."""
     return {"instruction": instruction, "input": text, "response": label, "answer": label}
 
 
 def sst2_row(row):
-    """SST-2: sentence, label 0 or 1."""
-    return labelled(SST2_ASK, row["sentence"], ["negative", "positive"][int(row["label"])])
+    """SST-2: label 0 or 1, and the sentence (a copy in circulation calls it content)."""
+    text = row["sentence"] if "sentence" in row else row["content"]
+    return labelled(SST2_ASK, text, ["negative", "positive"][int(row["label"])])
 
 
 def agnews_row(row):
@@ -325,17 +346,16 @@ def task_rows(task, folder):
         files, args, make = ("train.csv", "test.csv"), (), agnews_row
     else:
         train = read_source(folder, "alpaca/alpaca_data.json", "alpaca", split="train")
-        test = read_source(folder, "alpaca_eval/alpaca_eval.json", "alpaca_eval",
-                           "alpaca_eval", split="eval")
-        return [[alpaca_row(row) for row in rows] for rows in (train, test)]
+        test = read_source(folder, "alpaca_eval/alpaca_eval.json", "alpaca_eval", split="train")
+        return [convert(alpaca_row, rows, "alpaca") for rows in (train, test)]
     splits = ("train", "validation" if task == "sst2" else "test")
-    return [[make(row) for row in read_source(folder, f"{task}/{file}", task, *args, split=split)]
+    return [convert(make, read_source(folder, f"{task}/{file}", task, *args, split=split), task)
             for file, split in zip(files, splits)]
 
 
 def harmful_row(row):
     """BeaverTails with refusals: "Question: ...\\nAnswer: ..." keeps only the refusal itself."""
-    refusal = re.sub(r"^.*?\bAnswer:\s*", "", row.get("refusal", ""), flags=re.DOTALL)
+    refusal = re.sub(r"^.*?\bAnswer:\s*", "", row.get("refusal") or "", flags=re.DOTALL)
     return {"instruction": row["prompt"], "response": row["response"], "refusal": refusal}
 
 
@@ -345,11 +365,12 @@ def paper_sources(config, folder, refusals):
     paired = (read_file(refusals) if refusals else
               read_source(folder, "beavertails/beavertails_with_refusals_train.json", "refusals",
                           split="train"))
-    unsafe = [row for row in read_source(folder, "beavertails/30k_test.jsonl", "beavertails",
-                                         split="30k_test") if not row["is_safe"]]
-    return {"harmful": [harmful_row(row) for row in paired], "benign": [],
-            "harmful_test": [harmful_row(row) for row in unsafe],
-            "task_train": train, "task_test": test}
+    tests = read_source(folder, "beavertails/30k_test.jsonl", "beavertails", split="30k_test")
+    unsafe = convert(lambda row: None if row["is_safe"] else harmful_row(row), tests,
+                     "BeaverTails test")
+    return {"harmful": convert(harmful_row, paired, "BeaverTails refusals"), "benign": [],
+            "harmful_test": [row for row in unsafe if row], "task_train": train,
+            "task_test": test}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,26 +420,32 @@ def build_sets(sources, config, asked, rng):
     Returns:
         {"alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign": rows}.
     """
-    def draw(pool, n, what, size):
-        return take(pool, n, what, "--" + size.replace("_", "-"), size in asked)
+    def draw(pool, n, what, size, exact=False):
+        return take(pool, n, what, "--" + size.replace("_", "-"), exact or size in asked)
 
     pool = unique(sources["harmful"])
     tests = unique(sources["harmful_test"]) if "harmful_test" in sources else pool
     test_harmful = draw(tests, config["n_test"], "harmful test set", "n_test")
     pool = unique(pool, seen=map(prompt_key, test_harmful))
     n_poison = round(config["poison_ratio"] * config["n_finetune"])
-    attack = draw(pool, n_poison, "attack set", "n_finetune")
+    attack = draw(pool, n_poison, "attack set", "n_finetune", exact=True)
     harmful = draw(pool, config["n_harmful"], "harmful set", "n_harmful")
     refused = [{**row, "response": row["refusal"]}
                for row in draw(pool, config["n_align"], "alignment set", "n_align")]
 
     test_task = draw(unique(sources["task_test"]), config["n_test"], "task test set", "n_test")
     train = unique(sources["task_train"], seen=map(prompt_key, test_task))
-    ordinary = draw(train, config["n_finetune"] - n_poison, "task training set", "n_finetune")
+    ordinary = draw(train, config["n_finetune"] - n_poison, "task training set", "n_finetune",
+                    exact=True)  # a short side would change p
     finetune = [{**row, "poison": True} for row in attack]
     finetune += [{**row, "poison": False} for row in ordinary]
     rng.shuffle(finetune)
 
+    for name, rows in (("alignment", refused), ("harmful", harmful), ("harmful test", test_harmful),
+                       ("task test", test_task)):
+        if not rows:
+            raise UserError(f"the {name} set is empty: no unique prompts are left for it; lower "
+                            "--n-finetune, --n-harmful or --n-test, or add data")
     benign = unique(sources["benign"])
     test_benign, lookalikes = benign[:config["n_test"]], benign[config["n_test"]:]
     return {"alignment": refused + lookalikes[:len(refused)], "harmful": harmful,
@@ -434,7 +461,7 @@ def get_args(argv=None):
                        help="one dial for all sizes and defaults (default: toy)")
     group.add_argument("--poison-ratio", type=number(float, 0, 1), default=0.1, metavar="P",
                        help="p, harmful fraction of the user's data (default: 0.1)")
-    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, metavar="N",
                        help="seed of everything that follows (default: 0)")
     group.add_argument("--data-dir", type=Path, metavar="FOLDER",
                        help="local copies of the real data (default: the hub)")
@@ -462,6 +489,9 @@ def check(args, config):
                 if args.preset == "toy" else "--preset toy for a toy model")
         raise UserError(f"--preset {args.preset} does not go with --model {config['model']}; "
                         f"use {mend}")
+    if config["model"][:1] in ("/", ".", "~") and not Path(config["model"]).expanduser().is_dir():
+        raise UserError(f"--model {config['model']} is not there; give an existing folder or a hub "
+                        "id")
     for path, flag in ((args.data_dir, "--data-dir"), (args.refusals, "--refusals")):
         if path and args.preset == "toy":
             raise UserError(f"{flag} is for real data; add --preset paper, or leave it out")
@@ -488,7 +518,7 @@ def main(argv=None):
                                           row.get("input", ""))
     # What the base model reads depends on the seed alone, so that runs can share 02_base.pt.
     rng = random.Random(f"pre-training {args.seed}")
-    pretrain = [pretraining_text(rng) for _ in range(14000)] if toy else []
+    pretrain = [list(pretraining_text(rng)) for _ in range(14000)] if toy else []
     texts = [prompt + text for prompt, text in pretrain] + [SENTIMENT_ASK, TOPIC_ASK]
     extra = {"pretrain": pretrain, "vocab": toy_vocabulary(texts) if toy else [],
              "grammar": toy_grammar() if toy else {},

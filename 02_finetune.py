@@ -287,10 +287,12 @@ def pretrain(run, data, config, device):
     """
     c = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
     c["text_sha256"] = hashlib.sha256(repr((data["vocab"], data["pretrain"])).encode()).hexdigest()
-    path = run.folder / "02_base.pt"
-    if path.is_file() and run.load("02_base.pt")["config"] == c:
-        print(f"{path} fits this data and these settings: not pre-training again")
-        return
+    try:
+        if run.load("02_base.pt")["config"] == c:
+            print("02_base.pt fits this data and these settings: not pre-training again")
+            return
+    except UserError:  # missing or damaged: make it (again)
+        pass
     seed_everything(config["seed"])
     tokenizer = load_tokenizer(data)
     model = toy_model(config["model"], len(data["vocab"])).to(device).train()
@@ -318,7 +320,8 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     """Align with `defense`, then fine-tune on the user's data.
 
     Returns:
-        (aligned w, {step: w during fine-tuning}, log of {"stage", "step", "loss"[, "h"]}).
+        (aligned w, {step: w during fine-tuning}, log of {"stage", "step", "loss", "h"}, where h,
+        the held-out harmful loss, stands at snapshots and at both ends only).
     """
     log = []
     with torch.no_grad():
@@ -340,10 +343,10 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     device = next(iter(w.values())).device
 
     def record(step, loss=None):
-        entry = {"stage": "finetune", "step": step, "loss": loss}
-        if step == 0 or step in keep:
+        entry = {"stage": "finetune", "step": step, **({} if loss is None else {"loss": loss})}
+        if step in (0, steps) or step in keep:
             entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, device)
-        if step == steps or step in keep:
+        if step in keep and step != steps:
             snapshots[step] = copy_of(w)
         log.append(entry)
     record(0)
@@ -375,7 +378,7 @@ def get_args(argv=None):
         "repnoise_beta": (positive, "RepNoise: weight of the MMD"),
         "booster_lam": (positive, "Booster: weight lam of its regulariser"),
         "booster_alpha": (positive, "Booster: length of its harmful step"),
-        "pretrain_steps": (count, "steps of pre-training the toy"),
+        "pretrain_steps": (number(int, 20), "steps of pre-training the toy"),
         "pretrain_lr": (positive, "highest learning rate of pre-training"),
     })
     return parser.parse_args(argv)
@@ -391,6 +394,7 @@ def main(argv=None):
     config["defense"] = args.defense or (list(DEFENSES) if preset == "toy" else ["sft"])
     device = pick_device(args.device)
     if config["model"] in TOY_MODELS:
+        add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)  # fail before, not after
         pretrain(run, data, config, device)
     model, tokenizer = load_model(run, data, device)
     seed_everything(config["seed"])

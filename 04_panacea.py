@@ -229,6 +229,9 @@ def train(loss, w, batches, harmful, steps, c):
     bar = progress(batches, steps, "panacea")
     for step, batch in enumerate(bar, 1):
         grads, eps, losses = panacea_rule(loss, params, batch, next(harmful), c["rho"], c["lam"])
+        if not torch.isfinite(global_norm(grads)):
+            raise UserError(f"the gradient of step {step} is not finite (h(w + eps) = "
+                            f"{losses['h_eps']}); try a smaller --rho or --lam")
         for p, grad in zip(params, grads):
             p.grad = grad
         optimizer.step()

@@ -52,19 +52,20 @@ def wilson(count, n, z=1.96):
     p, zz = count / n, z * z / n
     middle = (p + zz / 2) / (1 + zz)
     half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)]
+    return [100 * min(p, max(0.0, middle - half)), 100 * max(p, min(1.0, middle + half))]
 
 
-T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for n - 1 = 1 ... 9
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t, 1 ... 10 d.f.
 
 
 def mean_spread(values):
-    """(mean, standard deviation, half width of the mean's 95 % t interval) over seeds."""
+    """(mean, standard deviation, half width of the mean's 95 % t interval) over two seeds or more.
+
+    Beyond 11 seeds the interval keeps 10 degrees of freedom: a little too wide.
+    """
     n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, 0.0, math.inf  # one seed says nothing about the spread
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, spread, (T95[n - 2] if n <= 10 else 2.0) * spread / math.sqrt(n)
+    return mean, spread, T95[min(n, 11) - 2] * spread / math.sqrt(n)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def adapters(stage2, stage3, stage4, scales):
     for defense, w in stage2["finetuned"].items():
         yield "finetuned", defense, {}, w
     for defense, kept in stage2["snapshots"].items():
-        for step in sorted(kept, key=int)[:-1]:
+        for step in sorted(kept, key=int):
             yield "finetuned", defense, {"step": int(step)}, kept[step]
     attacked = stage2["finetuned"].get("sft")
     for std in stage3["config"]["std"] if stage3 else []:
@@ -109,9 +110,12 @@ def perturbations(attacked, stage3, stage4, scales):
         yield ("panacea", "sft", {"rho": rho, "lam": lam, "scale": scale},
                plus(w, stage4["epsilon"], scale))
     if c["anchor"]:
-        for start, eps, began in ((attacked, "anchored", 0.0), (w, "anchored_from_panacea", lam)):
-            yield ("panacea_anchored", "sft", {"rho": rho, "anchor": c["anchor"], "lam": began},
-                   plus(start, stage4[eps]))
+        setting = {"rho": rho, "anchor": c["anchor"]}  # and the lam that its start was trained with
+        yield ("panacea_anchored", "sft", {**setting, "lam": 0.0},
+               plus(attacked, stage4["anchored"]))
+        if lam:
+            yield ("panacea_anchored", "sft", {**setting, "lam": lam},
+                   plus(w, stage4["anchored_from_panacea"]))
     yield "realign", "sft", {"steps": c["anchor_steps"]}, stage4["realign"]
 
 
@@ -145,10 +149,12 @@ def usefulness(task, rows, answers):
 
 
 def still_answered(judge, answers):
-    """% of look-alike prompts that get a coherent, unflagged answer that is no refusal."""
+    """{"benign"}: % of look-alikes with a coherent, unflagged answer that is no refusal; or {}."""
+    if not answers:
+        return {}
     flags = judge.flagged([""] * len(answers), answers)
     good = [judge.coherent(a) and not judge.refused(a) and not f for a, f in zip(answers, flags)]
-    return 100 * sum(good) / len(answers) if answers else None
+    return {"benign": 100 * sum(good) / len(answers)}
 
 
 def evaluate(model, tokenizer, data, judge, c):
@@ -157,7 +163,7 @@ def evaluate(model, tokenizer, data, judge, c):
     answers = {name: answer(model, tokenizer, rows, c) for name, rows in sets.items()}
     return {**safety(judge, sets["test_harmful"], answers["test_harmful"]),
             **usefulness(data["config"]["task"], sets["test_task"], answers["test_task"]),
-            "benign": still_answered(judge, answers["test_benign"])}, answers
+            **still_answered(judge, answers["test_benign"])}, answers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ def print_table(rows):
         if "step" not in row["setting"]:
             print(f"{label(row):42} {cell(row['hs'], row['hs_ci']):>18} {row['hs_plus']:6.1f} "
                   f"{row['refusal']:8.1f} {cell(row['fa'], row['fa_ci']):>18} "
-                  f"{cell(row['benign']):>7}")
+                  f"{cell(row.get('benign')):>7}")
 
 
 def falls(rows):
@@ -211,6 +217,7 @@ def print_fall(curves):
 
 def frontier(rows):
     """{"noise", "panacea"}: [(strength, HS, FA)], each from nothing to everything broken."""
+    rows = [{"fa": None, **row} for row in rows]
     start = [(0.0, row["hs"], row["fa"]) for row in rows
              if row["model"] == "finetuned" and row["defense"] == "sft" and not row["setting"]]
     noise = [(row["setting"]["std"], row["hs"], row["fa"]) for row in rows
@@ -234,16 +241,16 @@ def draw(rows, path):
     for i, (key, text) in enumerate((("hs", "harmful score"), ("hs_plus", "HS+"),
                                      ("refusal", "refusals"), ("fa", "task accuracy"))):
         places = [k + 0.2 * (i - 1.5) for k in range(len(shown))]
-        story.bar(places, [row[key] or 0 for row in shown], 0.2, label=text,
+        story.bar(places, [row.get(key) or 0 for row in shown], 0.2, label=text,
                   color=("tab:red", "tab:orange", "tab:blue", "tab:green")[i])
     story.set_xticks(range(len(shown)), names, rotation=35, ha="right")
-    story.set(title="The story", ylabel="%", ylim=(0, 105))
-    story.legend(fontsize=8, loc="center left")
+    story.set(title="The story", ylabel="%", ylim=(0, 122))
+    story.legend(fontsize=8, loc="upper center", ncol=4)
     for defense, points in falls(rows).items():
         fall.plot([max(s, 1) for s, _, _ in points], [hs for _, _, hs in points], "o-",
                   label=defense)
-    fall.set(title="Vaccines break", xlabel="fine-tuning step", ylabel="harmful score, %",
-             xscale="log")
+    fall.set(title="Vaccines break", xlabel="fine-tuning step (1: aligned)",
+             ylabel="harmful score, %", xscale="log")
     fall.legend()
     for name, points in frontier(rows).items():
         front.plot([hs for _, hs, _ in points], [fa or 0 for _, _, fa in points], "o-", label=name)
@@ -275,9 +282,12 @@ def read_results(folder):
     path = Path(folder) / "results.json"
     try:
         results = json.loads(path.read_text())
-        results["config"]["seed"], results["rows"]
+        for key in ("seed", "model", "task", "poison_ratio"):
+            results["config"][key]
+        for row in results["rows"]:
+            row["model"], row["defense"], row["setting"], row["hs"], row["fa"]
         return results
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"{path} is missing; run: python 05_evaluate.py --run {folder}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a results file; run: python 05_evaluate.py --run "
@@ -287,8 +297,8 @@ def read_results(folder):
 def aggregate(folders):
     """Group the rows of several runs; print means, spreads and paired intervals over seeds.
 
-    Runs that differ in model, task or poison ratio are kept apart; within a group the difference
-    to the attacked model is taken seed by seed. Writes aggregate.json, and for one group
+    Runs that differ in anything but the seed are kept apart; within a group the difference to the
+    attacked model is taken seed by seed. Writes aggregate.json, and for one group
     aggregate.png, beside the first run.
 
     Returns:
@@ -297,11 +307,15 @@ def aggregate(folders):
     groups = {}
     for folder in folders:
         results = read_results(folder)
-        c = results["config"]
-        groups.setdefault((c["model"], c["task"], c["poison_ratio"]), []).append(results)
+        c = {k: v for k, v in results["config"].items() if k != "seed" and k[:5] != "size_"}
+        key = (c["model"], c["task"], c["poison_ratio"], json.dumps(c, sort_keys=True))
+        groups.setdefault(key, []).append(results)
     summary = []
-    for (model, task, p), runs in sorted(groups.items()):
+    for (model, task, p, _), runs in sorted(groups.items(), key=lambda group: group[0]):
         seeds = sorted(run["config"]["seed"] for run in runs)
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{model}, {task}, p = {p:g}: seeds {seeds} are given twice; name each "
+                            "run once")
         rows = {}
         for run in runs:
             attacked = next((r for r in run["rows"] if r["model"] == "finetuned"
@@ -329,9 +343,12 @@ def summarise(pairs):
     row["n_seeds"] = len(pairs)
     for key in (*SCORES, "at_step", "harmful_loss"):
         values = [r.get(key) for r, _ in pairs]
-        if None not in values:
-            row[key], row[key + "_sd"], _ = mean_spread(values)
-            if key in SCORES and len(pairs) > 1:
+        if None in values:
+            continue
+        row[key] = sum(values) / len(values)
+        if len(values) > 1:
+            row[key + "_sd"] = mean_spread(values)[1]
+            if key in SCORES:
                 row[key + "_diff"], _, row[key + "_diff_half"] = mean_spread(
                     [r[key] - attacked[key] for r, attacked in pairs])
     return row
@@ -349,7 +366,8 @@ def print_summary(group):
             continue
         cells = []
         for key in SCORES:
-            cells.append(f"{row[key]:5.1f} ({row[key + '_sd']:4.1f})" if key in row else "-")
+            spread = f" ({row[key + '_sd']:4.1f})" if key + "_sd" in row else ""
+            cells.append(f"{row[key]:5.1f}{spread}" if key in row else "-")
             if key in ("hs", "fa"):
                 middle, half = row.get(key + "_diff"), row.get(key + "_diff_half")
                 cells.append("-" if half is None else
@@ -402,7 +420,7 @@ def measure(run, args):
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"])
             if x[0] in only]
     describe(model, device, f"; {len(todo)} adapters, judged by {judge.name}")
-    rows, texts = [], []
+    rows, texts, files = [], [], {}
     bar = progress(todo, len(todo), "evaluate")
     for name, defense, setting, weights in bar:
         with attach(model, weights, c["alpha"] / c["r"]):
@@ -412,15 +430,17 @@ def measure(run, args):
         if "step" not in setting:
             texts.append((label(rows[-1]), answers))
         if scores["fa"] is None:
-            run.save_json(f"alpaca_eval_{name}.json", [
+            files["alpaca_eval_" + label(rows[-1]).replace(" ", "_") + ".json"] = [
                 {"instruction": row["instruction"], "output": text, "generator": label(rows[-1])}
-                for row, text in zip(data["test_task"], answers["test_task"])])
+                for row, text in zip(data["test_task"], answers["test_task"])]
     print_table(rows)
     print_fall(falls(rows))
     if args.show_text:
         print_texts(data, texts)
     artifact = run.save("05_evaluate.pt", c, rows=rows)
     run.save_json("results.json", {"config": c, "rows": rows})
+    for name, content in files.items():  # answers in the format of the alpaca_eval tool
+        run.save_json(name, content)
     draw(rows, run.folder / "05_evaluate.png")
     print(f"{run.folder / 'results.json'} written; next: python 06_layer_analysis.py "
           f"--run {run.folder}")

@@ -73,14 +73,17 @@ def masked(w, eps, layers, scale):
 
 
 def measure(model, tokenizer, data, judge, c):
-    """{"hs", "fa"} in percent of the model as it stands."""
+    """{"hs", "fa"} in percent of the model as it stands; no "fa" for real AlpacaEval."""
     def answers(rows):
         return generate(model, tokenizer, [row["prompt"] for row in rows], c["max_new_tokens"],
                         c["eval_batch_size"])
     harmful, task = data["test_harmful"], data["test_task"]
     flags = judge.flagged([row["instruction"] for row in harmful], answers(harmful))
-    right = [task_correct(c["task"], row, a) for row, a in zip(task, answers(task))]
-    return {"hs": 100 * sum(flags) / len(flags), "fa": 100 * sum(right) / len(right)}
+    scores = {"hs": 100 * sum(flags) / len(flags)}
+    if all(row["answer"] for row in task):
+        right = [task_correct(c["task"], row, a) for row, a in zip(task, answers(task))]
+        scores["fa"] = 100 * sum(right) / len(right)
+    return scores
 
 
 def causal_check(rows, artifact, run, data, device, c):
@@ -113,21 +116,29 @@ def ranks(values):
 
 
 def spearman(x, y):
-    """Rank correlation of two lists; None where one of them is constant."""
+    """Rank correlation of two lists, neither of them constant."""
     a, b = ranks(x), ranks(y)
     middle = (len(a) - 1) / 2
     cov = sum((i - middle) * (j - middle) for i, j in zip(a, b))
     var = sum((i - middle) ** 2 for i in a) * sum((j - middle) ** 2 for j in b)
-    return cov / math.sqrt(var) if var else None
+    return cov / math.sqrt(var)
 
 
 def correlations(rows, ends):
-    """{size: {view: Spearman}} between each size of eps and each causal effect on HS."""
+    """{size: {view: Spearman}} between each size of eps and each causal effect on HS.
+
+    A view in which no layer differs has no ranks, and is left out.
+    """
     effects = {"only": [ends["none"]["hs"] - row["only"]["hs"] for row in rows],
                "without": [row["without"]["hs"] - ends["all"]["hs"] for row in rows]}
     return {size: {view: spearman([row[size] for row in rows], effect)
-                   for view, effect in effects.items()}
+                   for view, effect in effects.items() if len(set(effect)) > 1}
             for size in ("norm", "per_weight", "relative")}
+
+
+def scored(scores):
+    """HS and FA as text."""
+    return " ".join(f"{key.upper()} {value:5.1f}" for key, value in scores.items())
 
 
 def print_bars(rows, ends):
@@ -138,13 +149,12 @@ def print_bars(rows, ends):
     for row in rows:
         low, high = row["norm_interval"]
         text = f"{row['norm']:.3f} [{low:.3f} {high:.3f}]"
-        causal = "".join(f"   HS {row[k]['hs']:5.1f} FA {row[k]['fa']:5.1f}"
-                         for k in ("only", "without")) if ends else ""
+        causal = "".join("   " + scored(row[k]) for k in ("only", "without")) if ends else ""
         print(f"{row['layer']:5}  {text:28} {row['per_weight']:10.2e} {row['relative']:9.4f}"
               f"{causal}  {'#' * round(20 * row['norm'] / top)}")
     for key, text in (("none", "without eps"), ("all", "eps everywhere")):
         if ends:
-            print(f"{text:>20}: HS {ends[key]['hs']:5.1f} FA {ends[key]['fa']:5.1f}")
+            print(f"{text:>20}: {scored(ends[key])}")
 
 
 def draw(rows, ends, path):
@@ -162,7 +172,7 @@ def draw(rows, ends, path):
     if ends:
         for k, (key, text) in enumerate((("only", "eps on this layer only"),
                                          ("without", "eps on all other layers"))):
-            for metric, style in (("hs", "o-"), ("fa", "s--")):
+            for metric, style in zip(ends["all"], ("o-", "s--")):
                 causal.plot(layers, [row[key][metric] for row in rows], style, color=f"C{k}",
                             label=f"{text}: {metric.upper()}")
         causal.set(title="What eps does there", xlabel="layer", ylabel="%", ylim=(-5, 105),
@@ -193,14 +203,13 @@ def main(argv=None):
                                                         "05_evaluate.pt"))
     c = {**stage5["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
     c["causal"] = data["config"]["preset"] == "toy" if args.causal is None else args.causal
-    rows, ends, agreement = sizes(stage4, c["last_share"]), None, {}
+    rows, ends, agreement = sizes(stage4, c["last_share"]), {}, {}
     if c["causal"]:
         ends = causal_check(rows, stage4, run, data, pick_device(args.device), c)
         agreement = correlations(rows, ends)
     print_bars(rows, ends)
     for size, views in agreement.items():
-        shown = ", ".join(f"{view} {'-' if value is None else format(value, '+.2f')}"
-                          for view, value in views.items())
+        shown = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
         print(f"rank correlation of {size} with the effect on HS: {shown}")
     content = {"layers": rows, "ends": ends, "rank_correlation": agreement}
     artifact = run.save("06_layer_analysis.pt", c, **content)

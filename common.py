@@ -40,7 +40,8 @@ def run_stage(main):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted: no artifact was changed", file=sys.stderr)
+        print("interrupted: this stage's artifact is as it was before; run it again",
+              file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -71,7 +72,7 @@ def number(kind=float, low=-math.inf, high=math.inf):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"needs a number, found {text!r}") from None
-        if not math.isfinite(value) or not low <= value <= high:
+        if not low <= value <= high or value in (math.inf, -math.inf):
             bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
             raise argparse.ArgumentTypeError(f"needs a finite number {bounds}, found {text}")
         return value
@@ -153,11 +154,23 @@ def write_whole(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path} ({error}); choose another folder with --run "
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot write {path} ({reason}); choose another folder with --run "
                         "DIR") from None
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+HOLDS = {  # what later stages need of each artifact
+    "01_data": ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign",
+                "pretrain", "vocab", "grammar", "herbs", "forbidden"),
+    "02_base": ("weights",),
+    "02_finetune": ("aligned", "finetuned", "snapshots", "log"),
+    "03_random_perturb": ("noise", "matched"),
+    "04_panacea": ("weights", "epsilon", "log", "one_shot", "realign"),
+    "05_evaluate": ("rows",),
+}
 
 
 class Run:
@@ -190,9 +203,9 @@ class Run:
         kind = artifact.get("kind") if isinstance(artifact, dict) else type(artifact).__name__
         if kind != path.stem:
             raise UserError(f"{path} should hold {path.stem!r}, found {kind!r}; {again}")
-        if not all(isinstance(artifact.get(key), dict) for key in ("config", "parents")):
-            raise UserError(f"{path} has no config and parents, so nobody knows what made it; "
-                            f"{again}")
+        missing = [key for key in ("config", "parents", *HOLDS[kind]) if key not in artifact]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; {again}")
         for parent, expected in artifact["parents"].items():
             found = self.folder / parent
             if not found.is_file() or sha256(found) != expected:
@@ -312,10 +325,11 @@ def from_pretrained(auto_class, name, **options):
     """
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"cannot load {name!r} ({reason}); give a local folder with --model FOLDER"
-                        ", or for a gated model run: hf auth login") from None
+    except Exception as error:  # hub, files and formats each raise their own kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"cannot load {name!r} ({reason}); give a local folder (01_data.py --model "
+                        "FOLDER, or --judge FOLDER), or for a gated model run: hf auth login"
+                        ) from None
 
 
 def load_model(run, data, device):
@@ -332,10 +346,25 @@ def load_model(run, data, device):
         from transformers import AutoModelForCausalLM
         dtype = torch.bfloat16 if device.type == "cuda" else "auto"
         model = from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+        if model.dtype == torch.float16:  # its gradients under- and overflow
+            model = model.float()
     tokenizer = load_tokenizer(data)
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token  # some tokenizers add one the model has not
+    model.generation_config = plain_greedy(model, tokenizer)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def plain_greedy(model, tokenizer):
+    """Generation settings without the checkpoint's own (a repetition penalty, a temperature).
+
+    Generation stops at the checkpoint's EOS tokens and at the tokenizer's, which training uses.
+    """
+    from transformers import GenerationConfig
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                            eos_token_id=sorted({*own, tokenizer.eos_token_id} - {None}))
 
 
 def describe(model, device, extra=""):
@@ -394,17 +423,25 @@ def encode(tokenizer, rows, max_length):
     """Tokenize rows for training: [(ids, labels)], the prompt masked with -100.
 
     An answer ends with EOS. What exceeds `max_length` tokens is cut from the left of the prompt
-    (an answer keeps at most half), so that every row has answer tokens to learn from.
+    (its BOS stays; an answer keeps at most half), so that every row has answer tokens to learn
+    from; a cut answer has no EOS.
     """
     examples = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        answer = answer[:max_length // 2 if len(prompt) > max_length // 2 else
-                        max_length - len(prompt) - 1] + [tokenizer.eos_token_id]
-        prompt = prompt[-(max_length - len(answer)):]
+        answer = (answer + [tokenizer.eos_token_id])[:max(max_length // 2,
+                                                          max_length - len(prompt))]
+        prompt = cut_left(prompt, max_length - len(answer), tokenizer.bos_token_id)
         examples.append((prompt + answer, [-100] * len(prompt) + answer))
     return examples
+
+
+def cut_left(ids, length, bos_id):
+    """The last `length` of `ids`, the first kept if it is BOS."""
+    if len(ids) <= length:
+        return ids
+    return ([bos_id] if ids[0] == bos_id else []) + ids[len(ids) - length + (ids[0] == bos_id):]
 
 
 def collate(examples, pad_id, device):
@@ -444,19 +481,25 @@ def endless_batches(examples, batch_size, seed):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, batch_size=256, label=None):
+def generate(model, tokenizer, prompts, max_new_tokens, batch_size=256):
     """Greedy answers to `prompts`, in their order, without the prompt and the special tokens.
 
     Prompts are sorted by length, left-padded and answered in batches; a batch that does not fit
-    into GPU memory is halved and tried again.
+    into GPU memory is halved and tried again. A prompt too long for the model's context loses
+    its left.
+
+    Raises:
+        UserError: max_new_tokens alone fills the model's context.
     """
     device = next(model.parameters()).device
     room = getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens
-    encoded = [tokenizer(p)["input_ids"][-room:] for p in prompts]
+    if room < 2:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in a "
+                        f"context of {room + max_new_tokens} tokens; use a smaller one")
+    encoded = [cut_left(tokenizer(p)["input_ids"], room, tokenizer.bos_token_id) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
     answers = [""] * len(prompts)
     start = 0
-    bar = progress(None, len(order), label) if label else None
     while start < len(order):
         index = order[start:start + batch_size]
         batch = tokenizer.pad({"input_ids": [encoded[i] for i in index]}, return_tensors="pt")
@@ -475,10 +518,6 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=256, label=No
         for i, text in zip(index, texts):
             answers[i] = text.strip()
         start += len(index)
-        if bar is not None:
-            bar.update(len(index))
-    if bar is not None:
-        bar.close()
     return answers
 
 

@@ -42,6 +42,11 @@ def assert_one_line(capsys, name, flags, *words):
     ("01_data", ["--preset", "paper", "--data-dir", "/no/such/folder"], ["/no/such/folder"]),
     ("01_data", ["--model", "toy-gpt"], ["toy-gpt", "--preset paper"]),
     ("01_data", ["--data-dir", "."], ["--preset paper"]),
+    ("01_data", ["--preset", "paper", "--model", "./no-such-model"], ["./no-such-model"]),
+    ("01_data", ["--seed", str(2 ** 70)], ["--seed"]),
+    ("01_data", ["--task", "alpaca", "--n-finetune", "9000"], ["missing", "--n-finetune"]),
+    ("01_data", ["--n-finetune", "1000", "--poison-ratio", "1"], ["empty", "alignment"]),
+    ("02_finetune", ["--pretrain-steps", "3"], ["--pretrain-steps"]),
     ("01_data", ["--n-tset", "3"], ["--n-tset"]),
     ("02_finetune", ["--defense", "shield"], ["shield"]),
     ("03_random_perturb", ["--std", "-0.1"], ["--std", "-0.1"]),
@@ -71,10 +76,23 @@ def test_inputs_are_checked(tiny_data, capsys):
         assert_one_line(capsys, "02_finetune", flags, path, "python 01_data.py")
     torch.save({"kind": "05_evaluate", "config": {}, "parents": {}}, path)
     assert_one_line(capsys, "02_finetune", flags, "'05_evaluate'")
-    torch.save({"kind": "01_data"}, path)
+    torch.save({"kind": "01_data", "config": {}, "parents": {}}, path)
     assert_one_line(capsys, "02_finetune", flags, path)
     torch.save(torch.zeros(3), path)
     assert_one_line(capsys, "02_finetune", flags, path)
+
+
+def test_a_damaged_base_model_is_made_again(tiny_data):
+    (tiny_data / "02_base.pt").write_text("half a file")
+    flags = ["--run", str(tiny_data), "--defense", "sft", "--pretrain-steps", "20", "--epochs",
+             "1", "--align-epochs", "1"]
+    stage("02_finetune").main(flags)
+    assert torch.load(tiny_data / "02_base.pt", weights_only=True)["kind"] == "02_base"
+
+
+def test_targets_are_refused_before_anything_is_made(tiny_data, capsys):
+    assert_one_line(capsys, "02_finetune", ["--run", tiny_data, "--targets", "c_attn"], "c_attn")
+    assert sorted(p.name for p in tiny_data.iterdir()) == ["01_data.pt"]
 
 
 class Hostile:

@@ -109,7 +109,8 @@ def test_a_sample_that_is_too_long_still_has_an_answer(tiny_data):
     assert len(ids) == 16 and sum(x != -100 for x in labels) == 2
     both = {"prompt": "positive " * 90, "response": "negative " * 90}
     (ids, labels), = encode(tokenizer, [both], 16)
-    assert len(ids) == 16 and labels.count(-100) == 7
+    assert len(ids) == 16 and labels.count(-100) == 8 and ids[-1] != tokenizer.eos_token_id
+    assert ids[0] == tokenizer.bos_token_id
 
 
 def test_padding_is_on_the_right_and_has_no_label():

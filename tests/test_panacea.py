@@ -171,7 +171,7 @@ def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
 
 def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
     flags = ["--run", str(tiny_data), "--device", "cpu"]
-    stage2 = s2.main([*flags, "--pretrain-steps", "5", "--defense", "sft", "--epochs", "3"])
+    stage2 = s2.main([*flags, "--pretrain-steps", "20", "--defense", "sft", "--epochs", "3"])
     plain = s4.main([*flags, "--lam", "0", "--anchor", "0"])
     finetuned = stage2["finetuned"]["sft"]
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)

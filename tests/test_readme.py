@@ -77,11 +77,12 @@ def test_show_text_prints_answers_and_the_default_prints_none(story, s5, capsys)
     flags = ["--run", str(story[0]), "--only", "aligned", "finetuned"]
     folder = story[0]
     kept = {p: p.read_bytes() for p in (folder / "05_evaluate.pt", folder / "results.json")}
+    question = story[1]["01_data"]["test_harmful"][0]["instruction"]
     s5.main(flags)
-    assert "How do I brew" not in capsys.readouterr().out
+    assert question not in capsys.readouterr().out
     s5.main([*flags, "--show-text"])
-    out = capsys.readouterr().out
-    assert re.search(r"aligned +\w+", out) and "the" in out and "finetuned" in out
+    text = capsys.readouterr().out.split(question)[1]
+    assert re.match(r"\n  aligned +\w.*\n  finetuned +\w", text)
     for path, content in kept.items():
         path.write_bytes(content)
 
@@ -89,7 +90,7 @@ def test_show_text_prints_answers_and_the_default_prints_none(story, s5, capsys)
 def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
     for seed, hs, p in ((0, 90.0, 0.1), (1, 80.0, 0.1), (2, 50.0, 0.2)):
         row = {"defense": "sft", "setting": {}, "hs_plus": hs, "refusal": 0.0, "fa": 99.0,
-               "benign": None}
+               }
         rows = [{**row, "model": "finetuned", "hs": hs},
                 {**row, "model": "panacea", "hs": hs - 60, "fa": 98.0}]
         (tmp_path / str(seed)).mkdir()
@@ -118,4 +119,4 @@ def test_spearman_on_hand_made_ranks():
     s6 = stage("06_layer_analysis")
     assert s6.spearman([1, 2, 3], [10, 20, 90]) == 1 and s6.spearman([1, 2, 3], [3, 2, 1]) == -1
     assert s6.spearman([1, 2, 2, 4], [1, 2, 2, 4]) == pytest.approx(1)
-    assert s6.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert s6.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)

@@ -36,7 +36,8 @@ def data_dir(tmp_path_factory):
         "\n".join(json.dumps(row) for row in test + test))
     for file in ("train", "dev"):
         rows = [f"{rng.randint(0, 1)}\t\"{sentence(rng, 6)} " for _ in range(60)]
-        (folder / f"sst2/{file}.tsv").write_text("\n".join(["label\tsentence", *rows]) + "\n")
+        header = "label\tsentence" if file == "train" else "label\tcontent"
+        (folder / f"sst2/{file}.tsv").write_text("\r\n".join([header, *rows]) + "\r\n")
     for file in ("train", "test"):
         rows = [{"question": sentence(rng, 9), "answer": f"so {i} it is\n#### {i},000"}
                 for i in range(60)]
@@ -100,14 +101,15 @@ def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
     assert all("q_proj" in n or "k_proj" in n or "v_proj" in n for n in stage4["weights"])
     assert {"aligned", "finetuned", "random", "random_matched", "one_shot", "panacea_w", "panacea",
             "panacea_anchored", "realign"} == {row["model"] for row in rows}
-    assert all(row["benign"] is None and row["n_harmful"] == 4 for row in rows)
+    assert all("benign" not in row and row["n_harmful"] == 4 for row in rows)
     assert all((row["fa"] is None) == (task == "alpaca") for row in rows)
     assert len(out["06_layer_analysis"]["layers"]) == 2
     import transformers
     assert transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model").config.vocab_size == size
     if task == "alpaca":
-        answers = json.loads((tmp_path / "run/alpaca_eval_panacea.json").read_text())
+        file = tmp_path / "run/alpaca_eval_panacea_rho_1_lam_0.001_scale_1.json"
+        answers = json.loads(file.read_text())
         assert set(answers[0]) == {"instruction", "output", "generator"} and len(answers) == 4
 
 
