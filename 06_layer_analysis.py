@@ -208,7 +208,7 @@ def main(argv=None):
         ends = causal_check(rows, stage4, run, data, pick_device(args.device), c)
         agreement = correlations(rows, ends)
     print_bars(rows, ends)
-    for size, views in agreement.items():
+    for size, views in agreement.items() if any(agreement.values()) else []:
         shown = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
         print(f"rank correlation of {size} with the effect on HS: {shown}")
     content = {"layers": rows, "ends": ends, "rank_correlation": agreement}
