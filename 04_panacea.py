@@ -258,6 +258,36 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
+def controls(loss, w, attacked, panacea_w, endless, c):
+    """The perturbations that Panacea is compared with; each starts from given weights.
+
+    Args:
+        attacked, panacea_w: weights after plain fine-tuning, and after Algorithm 1.
+        endless: (set name, batch size, seed) -> endless iterator of batches.
+    Returns:
+        {"one_shot", "anchored", "anchored_from_panacea": eps, "realign": weights}.
+    """
+    params, size, seed = list(w.values()), c["batch_size"], c["seed"] + 1
+    half = max(1, size // 2)  # h pushes and g guards with half a batch, a leads with a full one
+
+    def anchored(start):
+        put(w, start)
+        draws = zip(endless("harmful", half, seed), endless("alignment", size, seed),
+                    endless("finetune", half, seed))
+        return named(w, anchored_perturbation(loss, params, draws, c["rho"], c["anchor"],
+                                              c["anchor_steps"]))
+    result = {}
+    if c["anchor"]:
+        result["anchored_from_panacea"] = anchored(panacea_w)
+        result["anchored"] = anchored(attacked)
+    put(w, attacked)
+    harmful = next(endless("harmful", c["harmful_batch_size"], c["seed"]))
+    result["one_shot"] = named(w, perturbation(gradient(loss(harmful), params)[0], c["rho"]))
+    realign(loss, w, endless("alignment", size, seed), c["anchor_steps"], c)
+    result["realign"] = copy_of(w)
+    return result
+
+
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
@@ -309,25 +339,7 @@ def main(argv=None):
     eps, log = train(loss, w, user, endless("harmful", c["harmful_batch_size"], c["seed"]), steps,
                      c)
     result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
-
-    def draws():  # half batches of h and g, which push and guard; a full one of a, which leads
-        half = max(1, c["batch_size"] // 2)
-        return zip(*(endless(name, size, c["seed"] + 1) for name, size in (
-            ("harmful", half), ("alignment", c["batch_size"]), ("finetune", half))))
-
-    def anchored(weights):
-        put(w, weights)
-        return named(w, anchored_perturbation(loss, list(w.values()), draws(), c["rho"],
-                                              c["anchor"], c["anchor_steps"]))
-    if c["anchor"]:
-        result["anchored_from_panacea"] = anchored(result["weights"])
-        result["anchored"] = anchored(stage2["finetuned"]["sft"])
-    put(w, stage2["finetuned"]["sft"])
-    grad_h, _ = gradient(loss(next(endless("harmful", c["harmful_batch_size"], c["seed"]))),
-                         list(w.values()))
-    result["one_shot"] = named(w, perturbation(grad_h, c["rho"]))
-    realign(loss, w, endless("alignment", c["batch_size"], c["seed"] + 1), c["anchor_steps"], c)
-    result["realign"] = copy_of(w)
+    result.update(controls(loss, w, stage2["finetuned"]["sft"], result["weights"], endless, c))
     artifact = run.save("04_panacea.pt", c, **result)
     print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run {args.run}")
     return artifact
