@@ -153,10 +153,18 @@ def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
     old.write_text("old")
     process = subprocess.Popen([sys.executable, str(ROOT / "02_finetune.py"), "--run",
                                 str(tiny_data), "--defense", "sft"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               # a shell's background job ignores Ctrl-C, and children inherit that
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process.stdout.readline()  # it has begun
-    time.sleep(1)
-    process.send_signal(how)
+    for _ in range(10):  # python drops a Ctrl-C that falls into a destructor: press it again
+        time.sleep(1)
+        process.send_signal(how)
+        try:
+            process.wait(timeout=4)
+            break
+        except subprocess.TimeoutExpired:
+            pass
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -9)
     assert "Traceback" not in err and old.read_text() == "old"
