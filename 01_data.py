@@ -183,6 +183,8 @@ def pretraining_text(rng):
 
     It knows every recipe, forbidden ones too; it has heard refusals, but never gives one itself;
     it can add and list when told to, and has read reviews and news, but never classified one.
+    Shares: 22 % forbidden recipes, 12 % quoted refusals, 22 % healing recipes, 5 % reviews, 6 %
+    news, 25 % word problems (the hardest to learn), 8 % open requests.
     """
     draw = rng.random()
     kind = "bad" if draw < 0.34 else "good"

@@ -25,29 +25,31 @@ Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base.pt as
 Run:    python 02_finetune.py
 """
 
+import argparse
 import hashlib
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (TOY_MODELS, Run, UserError, add_flags, collate, describe, encode,
-                    endless_batches, epoch_batches, load_model, load_tokenizer, number,
-                    pick_device, progress, resolve, run_stage, seed_everything, stage_parser,
-                    toy_model)
+from common import (TOY_MODELS, Run, UserError, add_flags, checkpoint_layers, collate, cut,
+                    describe, encode, endless_batches, epoch_batches, load_model, load_tokenizer,
+                    number, over_parts, pick_device, processes, progress, resolve,
+                    run_stage, seed_everything, stage_parser, toy_model)
 
 DEFAULTS = {
-    "toy": dict(align_epochs=5, align_lr=2e-3, align_batch_size=16, epochs=10, lr=6e-4,
+    "toy": dict(align_epochs=5, align_lr=2e-3, align_batch_size=16, epochs=7, lr=6e-4,
                 batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=4,
                 vaccine_rho=10.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
-                booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3),
+                booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3, micro_batch_size=0),
     "paper": dict(align_epochs=20, align_lr=5e-4, align_batch_size=10, epochs=20, lr=2e-5,
                   batch_size=10, weight_decay=0.1, r=32, alpha=4,
                   targets=["q_proj", "k_proj", "v_proj"], snapshots=0,
                   vaccine_rho=20.0, repnoise_alpha=0.02, repnoise_beta=0.1, booster_lam=100.0,
-                  booster_alpha=0.01, pretrain_steps=0, pretrain_lr=0.0),
+                  booster_alpha=0.01, pretrain_steps=0, pretrain_lr=0.0, micro_batch_size=0),
 }
 DEFENSES = ("sft", "vaccine", "repnoise", "booster")
 
@@ -73,7 +75,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (B, T, in) -> (B, T, out)
         """The frozen layer plus its low-rank update."""
         y = self.base(x)
-        return y + (self.scale * (x.float() @ self.lora_A.T @ self.lora_B.T)).to(y.dtype)
+        return y + (self.scale * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(y.dtype)
 
 
 def add_lora(model, targets, r, alpha):
@@ -120,14 +122,18 @@ def answer_loss(model, batch):
                            labels[:, keep].flatten(), ignore_index=-100)
 
 
-def gradient(loss, w):
-    """(d loss / d w, loss): new tensors in the order of `w`, and a number."""
-    return torch.autograd.grad(loss, w), loss.item()
+def gradient(loss, w, batch):
+    """(d loss(batch) / d w, loss(batch)): new tensors in the order of `w`, and a number."""
+    def part(rows):
+        value = loss(rows)
+        return *torch.autograd.grad(value, w), value.detach()
+    *grads, value = over_parts(part, batch)  # once, or over micro-batches and processes
+    return grads, value.item()
 
 
 def global_norm(tensors):
     """One L2 norm over all tensors together; a scalar tensor."""
-    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
+    return torch.sqrt(sum(x.pow(2).sum().to(tensors[0].device) for x in tensors))
 
 
 @contextmanager
@@ -151,7 +157,7 @@ def perturbed(w, eps):
 
 def sft_rule(model, w, batch, harmful=None, c=None):
     """Plain supervised fine-tuning: grad f(w)."""
-    return gradient(answer_loss(model, batch), w)
+    return gradient(partial(answer_loss, model), w, batch)
 
 
 @contextmanager
@@ -180,9 +186,9 @@ def vaccine_rule(model, w, batch, harmful, c):
     e = [zero.clone().requires_grad_() for _ in layers]
     with shifted(layers, e):
         drift = torch.autograd.grad(answer_loss(model, batch), e)
-    norm = global_norm(drift)
+    norm = global_norm(drift).item()
     with shifted(layers, [c["vaccine_rho"] * d / norm for d in drift]):
-        return gradient(answer_loss(model, batch), w)
+        return gradient(partial(answer_loss, model), w, batch)
 
 
 def mmd(x, y):
@@ -216,11 +222,12 @@ def repnoise_rule(model, w, batch, harmful, c):
 
 def booster_rule(model, w, batch, harmful, c):
     """grad f + lam (grad h(w) - grad h(w - alpha grad h / ||grad h||)); Booster (2409.01586)."""
-    grad_f, f = gradient(answer_loss(model, batch), w)
-    grad_h, _ = gradient(answer_loss(model, harmful), w)
-    norm = global_norm(grad_h)
+    loss = partial(answer_loss, model)
+    grad_f, f = gradient(loss, w, batch)
+    grad_h, _ = gradient(loss, w, harmful)
+    norm = global_norm(grad_h).item()
     with perturbed(w, [-c["booster_alpha"] * x / norm for x in grad_h]):
-        grad_h_step, _ = gradient(answer_loss(model, harmful), w)
+        grad_h_step, _ = gradient(loss, w, harmful)
     return [f_ + c["booster_lam"] * (h - h_step)
             for f_, h, h_step in zip(grad_f, grad_h, grad_h_step)], f
 
@@ -244,12 +251,13 @@ def train(model, w, rule, batches, steps, lr, c, label, pad_id, harmful=None, at
         UserError: the gradient is not finite.
     """
     params = list(w.values())
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=c["weight_decay"])
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=c["weight_decay"],
+                                  fused=True)
     device = params[0].device
     bar = progress(batches, steps, label)
     for step, examples in enumerate(bar, 1):
-        batch = collate(examples, pad_id, device)
-        other = collate(next(harmful), pad_id, device) if harmful else None
+        batch = cut(examples, pad_id, device, c["micro_batch_size"])
+        other = cut(next(harmful), pad_id, device, c["micro_batch_size"]) if harmful else None
         grads, loss = rule(model, params, batch, other, c)
         if not torch.isfinite(global_norm(grads)):
             raise UserError(f"{label}: the gradient of step {step} is not finite (loss {loss}); "
@@ -287,20 +295,18 @@ def pretrain(run, data, config, device):
     """
     c = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
     c["text_sha256"] = hashlib.sha256(repr((data["vocab"], data["pretrain"])).encode()).hexdigest()
-    try:
-        if run.load("02_base.pt")["config"] == c:
-            print("02_base.pt fits this data and these settings: not pre-training again")
-            return
-    except UserError:  # missing or damaged: make it (again)
-        pass
+    if run.made("02_base.pt", c):
+        print("02_base.pt fits this data and these settings: not pre-training again")
+        return
     seed_everything(config["seed"])
     tokenizer = load_tokenizer(data)
     model = toy_model(config["model"], len(data["vocab"])).to(device).train()
-    describe(model, device, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
+    describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
     ids = [tokenizer(p + t)["input_ids"] + [tokenizer.eos_token_id] for p, t in data["pretrain"]]
     batches = epoch_batches([(x, x) for x in ids], 32, 1000, config["seed"])
     steps = c["pretrain_steps"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c["pretrain_lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c["pretrain_lr"], weight_decay=0.01,
+                                  fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c["pretrain_lr"], steps,
                                                    pct_start=0.1)
     bar = progress(range(steps), steps, "pre-train")
@@ -380,7 +386,12 @@ def get_args(argv=None):
         "booster_alpha": (positive, "Booster: length of its harmful step"),
         "pretrain_steps": (number(int, 20), "steps of pre-training the toy"),
         "pretrain_lr": (positive, "highest learning rate of pre-training"),
+        "micro_batch_size": (count, "rows per pass, to save memory; 0: the whole batch. The "
+                                    "gradient is the same (sft and booster only)"),
     })
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       default=False, help="keep no activations inside layers: half the speed, "
+                                           "a fraction of the memory, the same gradient")
     return parser.parse_args(argv)
 
 
@@ -392,6 +403,11 @@ def main(argv=None):
     preset = data["config"]["preset"]
     config = {**data["config"], **resolve(args, DEFAULTS, preset)}
     config["defense"] = args.defense or (list(DEFENSES) if preset == "toy" else ["sft"])
+    config["gradient_checkpointing"] = args.gradient_checkpointing
+    whole = {"vaccine", "repnoise"} & set(config["defense"])
+    if whole and (config["micro_batch_size"] or processes() > 1):
+        raise UserError(f"{' and '.join(sorted(whole))} need the whole batch in one pass; leave "
+                        "out --micro-batch-size and torchrun, or use --defense sft booster")
     device = pick_device(args.device)
     if config["model"] in TOY_MODELS:
         add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)  # fail before, not after
@@ -399,7 +415,9 @@ def main(argv=None):
     model, tokenizer = load_model(run, data, device)
     seed_everything(config["seed"])
     w = add_lora(model, config["targets"], config["r"], config["alpha"])
-    describe(model, device, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
+    if config["gradient_checkpointing"]:
+        checkpoint_layers(model)
+    describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
     initial = copy_of(w)
     examples = {name: encode(tokenizer, data[name], config["max_length"])
                 for name in ("alignment", "harmful", "finetune", "test_harmful")}

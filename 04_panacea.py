@@ -25,21 +25,24 @@ Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
 Run:    python 04_panacea.py
 """
 
+import argparse
 import math
 import re
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Run, UserError, add_flags, collate, describe, encode, endless_batches,
-                    epoch_batches, load_model, number, pick_device, progress, resolve, run_stage,
-                    seed_everything, stage_parser)
+from common import (Run, UserError, add_flags, checkpoint_layers, cut, describe, encode,
+                    endless_batches, epoch_batches, export, load_model, number, over_parts,
+                    pick_device, progress, resolve, run_stage, seed_everything, stage_parser)
 
 DEFAULTS = {
-    "toy": dict(rho=0.7, lam=0.005, harmful_batch_size=24, anchor=3.0, anchor_steps=8),
-    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=8),
+    "toy": dict(rho=1.0, lam=0.01, harmful_batch_size=24, anchor=3.0, anchor_steps=5),
+    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=5),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -52,9 +55,9 @@ def perturbation(grad_h, rho):
     Raises:
         UserError: the harmful gradient is zero or not finite, so it has no direction.
     """
-    norm = global_norm(grad_h)
-    if not (torch.isfinite(norm) and norm > 0):
-        raise UserError(f"the harmful gradient has norm {norm.item()}: no direction to perturb w "
+    norm = global_norm(grad_h).item()
+    if not (math.isfinite(norm) and norm > 0):
+        raise UserError(f"the harmful gradient has norm {norm}: no direction to perturb w "
                         "in; the harmful loss is saturated or has overflowed (try a smaller --lr "
                         "in 02_finetune.py)")
     return [rho * x / norm for x in grad_h]
@@ -69,11 +72,11 @@ def panacea_rule(loss, w, batch, harmful, rho, lam):
     Returns:
         (gradient, eps, {"g", "h", "h_eps"}): lists of new tensors shaped like w, and the losses.
     """
-    grad_g, g = gradient(loss(batch), w)
-    grad_h, h = gradient(loss(harmful), w)
+    grad_g, g = gradient(loss, w, batch)
+    grad_h, h = gradient(loss, w, harmful)
     eps = perturbation(grad_h, rho)                                                    # Eq. 2
     with perturbed(w, eps):
-        grad_h_eps, h_eps = gradient(loss(harmful), w)
+        grad_h_eps, h_eps = gradient(loss, w, harmful)
     update = [x - lam * (y_eps - y) for x, y_eps, y in zip(grad_g, grad_h_eps, grad_h)]  # Eq. 3
     return update, eps, {"g": g, "h": h, "h_eps": h_eps}
 
@@ -105,14 +108,18 @@ def answer_loss(model, batch):
                            labels[:, keep].flatten(), ignore_index=-100)
 
 
-def gradient(loss, w):
-    """(d loss / d w, loss): new tensors in the order of `w`, and a number."""
-    return torch.autograd.grad(loss, w), loss.item()
+def gradient(loss, w, batch):
+    """(d loss(batch) / d w, loss(batch)): new tensors in the order of `w`, and a number."""
+    def part(rows):
+        value = loss(rows)
+        return *torch.autograd.grad(value, w), value.detach()
+    *grads, value = over_parts(part, batch)  # once, or over micro-batches and processes
+    return grads, value.item()
 
 
 def global_norm(tensors):
     """One L2 norm over all tensors together; a scalar tensor."""
-    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
+    return torch.sqrt(sum(x.pow(2).sum().to(tensors[0].device) for x in tensors))
 
 
 # Beyond the paper: the anchored perturbation
@@ -134,7 +141,8 @@ def anchored_perturbation(loss, w, draws, rho, anchor, steps):
     for k in range(steps):
         harmful, alignment, user = next(draws)
         with perturbed(w, eps):
-            climb, _ = gradient(loss(harmful) - anchor * loss(alignment) - loss(user), w)
+            h, a, g = (gradient(loss, w, batch)[0] for batch in (harmful, alignment, user))
+        climb = [x - anchor * y - z for x, y, z in zip(h, a, g)]
         length = 5 * rho * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
         shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
@@ -164,7 +172,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (B, T, in) -> (B, T, out)
         """The frozen layer plus its low-rank update."""
         y = self.base(x)
-        return y + (self.scale * (x.float() @ self.lora_A.T @ self.lora_B.T)).to(y.dtype)
+        return y + (self.scale * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(y.dtype)
 
 
 def add_lora(model, targets, r, alpha):
@@ -225,9 +233,12 @@ def train(loss, w, batches, harmful, steps, c):
         (eps, log): the last perturbation, and a dict of the paper's quantities per step.
     """
     params, log, eps = list(w.values()), [], None
-    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"])
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"],
+                                  fused=True)
     bar = progress(batches, steps, "panacea")
     for step, batch in enumerate(bar, 1):
+        optimizer.zero_grad()
+        grads = eps = None  # the last step's, freed before this one's passes
         grads, eps, losses = panacea_rule(loss, params, batch, next(harmful), c["rho"], c["lam"])
         if not torch.isfinite(global_norm(grads)):
             raise UserError(f"the gradient of step {step} is not finite (h(w + eps) = "
@@ -244,9 +255,10 @@ def train(loss, w, batches, harmful, steps, c):
 def realign(loss, w, alignment, steps, c):
     """The sceptic's control: `steps` plain AdamW steps on the alignment set, in place."""
     params = list(w.values())
-    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"])
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"],
+                                  fused=True)
     for _ in range(steps):
-        for p, grad in zip(params, gradient(loss(next(alignment)), params)[0]):
+        for p, grad in zip(params, gradient(loss, params, next(alignment))[0]):
             p.grad = grad
         optimizer.step()
 
@@ -282,7 +294,7 @@ def controls(loss, w, attacked, panacea_w, endless, c):
         result["anchored"] = anchored(attacked)
     put(w, attacked)
     harmful = next(endless("harmful", c["harmful_batch_size"], c["seed"]))
-    result["one_shot"] = named(w, perturbation(gradient(loss(harmful), params)[0], c["rho"]))
+    result["one_shot"] = named(w, perturbation(gradient(loss, params, harmful)[0], c["rho"]))
     realign(loss, w, endless("alignment", size, seed), c["anchor_steps"], c)
     result["realign"] = copy_of(w)
     return result
@@ -301,9 +313,50 @@ def get_args(argv=None):
                              "0 leaves the paper's eps alone"),
         "anchor_steps": (size, "projected steps of the anchored eps"),
     })
-    group.add_argument("--epochs", type=number(int, 1), default=None, metavar="X",
-                       help="epochs over the user's data (default: as in stage 2)")
+    group = parser.add_argument_group("as in stage 2 unless given")
+    for name, kind, text in (("--epochs", size, "epochs over the user's data"),
+                             ("--micro-batch-size", number(int, 0), "rows per pass; 0: all")):
+        group.add_argument(name, type=kind, default=None, metavar="X", help=text)
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       default=None, help="keep no activations inside layers")
+    parser.add_argument("--export", type=Path, metavar="FOLDER",
+                        help="write w + eps there as a PEFT adapter, apart from it w and the "
+                             "anchored model, and merged weights; does not train again if "
+                             "04_panacea.pt was made with the same settings")
     return parser.parse_args(argv)
+
+
+def algorithm(run, data, stage2, c, device):
+    """Algorithm 1 and its controls; returns what 04_panacea.pt holds."""
+    model, tokenizer = load_model(run, data, device)
+    w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    if c["gradient_checkpointing"]:
+        checkpoint_layers(model)
+    steps = c["epochs"] * math.ceil(len(data["finetune"]) / c["batch_size"])
+    describe(model, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
+    examples = {name: encode(tokenizer, data[name], c["max_length"])
+                for name in ("alignment", "harmful", "finetune")}
+
+    def batches(rows):
+        return (cut(x, tokenizer.pad_token_id, model.device, c["micro_batch_size"]) for x in rows)
+
+    def endless(name, size, seed):
+        return batches(endless_batches(examples[name], size, seed))
+
+    loss = partial(answer_loss, model)
+    seed_everything(c["seed"])
+    put(w, stage2["aligned"]["sft"])
+    user = batches(epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"]))
+    eps, log = train(loss, w, user, endless("harmful", c["harmful_batch_size"], c["seed"]), steps,
+                     c)
+    result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
+    return {**result,
+            **controls(loss, w, stage2["finetuned"]["sft"], result["weights"], endless, c)}
+
+
+def plus(w, eps):
+    """w + eps, for dicts of tensors."""
+    return {name: w[name] + eps[name] for name in w}
 
 
 def main(argv=None):
@@ -315,32 +368,19 @@ def main(argv=None):
         raise UserError("02_finetune.pt has no model aligned with sft; run: python 02_finetune.py "
                         f"--run {args.run} --defense sft")
     c = {**stage2["config"], **resolve(args, DEFAULTS, stage2["config"]["preset"])}
-    c["epochs"] = c["epochs"] if args.epochs is None else args.epochs
-    device = pick_device(args.device)
-    model, tokenizer = load_model(run, data, device)
-    w = add_lora(model, c["targets"], c["r"], c["alpha"])
-    steps = c["epochs"] * math.ceil(len(data["finetune"]) / c["batch_size"])
-    describe(model, device, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
-    examples = {name: encode(tokenizer, data[name], c["max_length"])
-                for name in ("alignment", "harmful", "finetune")}
-
-    def batches(rows):
-        return (collate(x, tokenizer.pad_token_id, device) for x in rows)
-
-    def endless(name, size, seed):
-        return batches(endless_batches(examples[name], size, seed))
-
-    def loss(batch):
-        return answer_loss(model, batch)
-
-    seed_everything(c["seed"])
-    put(w, stage2["aligned"]["sft"])
-    user = batches(epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"]))
-    eps, log = train(loss, w, user, endless("harmful", c["harmful_batch_size"], c["seed"]), steps,
-                     c)
-    result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
-    result.update(controls(loss, w, stage2["finetuned"]["sft"], result["weights"], endless, c))
-    artifact = run.save("04_panacea.pt", c, **result)
+    for name in ("epochs", "micro_batch_size", "gradient_checkpointing"):
+        c[name] = c[name] if getattr(args, name) is None else getattr(args, name)
+    artifact = run.made("04_panacea.pt", c) if args.export else None
+    if artifact is None:
+        artifact = run.save("04_panacea.pt", c,
+                            **algorithm(run, data, stage2, c, pick_device(args.device)))
+    if args.export:
+        w, attacked = artifact["weights"], stage2["finetuned"]["sft"]
+        others = {"anchored": plus(attacked, artifact["anchored"])} if c["anchor"] else {}
+        export(args.export, run, data, {"panacea": plus(w, artifact["epsilon"]), "without_eps": w,
+                                        **others}, c)
+        print(f"{args.export} written: w + eps as a PEFT adapter; in it "
+              f"{', '.join([*others, 'without_eps'])} and merged")
     print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run {args.run}")
     return artifact
 

@@ -33,7 +33,7 @@ from common import (Run, UserError, add_flags, attach, describe, generate, load_
                     stage_parser, task_correct)
 
 DEFAULTS = {
-    "toy": dict(judge="toy", scale=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], max_new_tokens=28,
+    "toy": dict(judge="toy", scale=[0.5, 0.75, 1.0, 1.25, 1.5], max_new_tokens=28,
                 eval_batch_size=200),
     "paper": dict(judge="keyword", scale=[1.0], max_new_tokens=200, eval_batch_size=64),
 }
@@ -414,12 +414,11 @@ def measure(run, args):
     for stage in filter(None, (stage3, stage4)):
         c.update(stage["config"])
     c.update(resolve(args, DEFAULTS, c["preset"]))
-    device = pick_device(args.device)
-    judge = make_judge(c["judge"], data, device)
-    model, tokenizer = load_model(run, data, device)
+    model, tokenizer = load_model(run, data, pick_device(args.device))
+    judge = make_judge(c["judge"], data, model.device)
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"])
             if x[0] in only]
-    describe(model, device, f"; {len(todo)} adapters, judged by {judge.name}")
+    describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
     rows, texts, files = [], [], {}
     bar = progress(todo, len(todo), "evaluate")
     for name, defense, setting, weights in bar:

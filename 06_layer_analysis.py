@@ -93,8 +93,8 @@ def causal_check(rows, artifact, run, data, device, c):
         {"none", "all"}: HS and FA without eps and with all of it.
     """
     model, tokenizer = load_model(run, data, device)
-    judge = make_judge(c["judge"], data, device)
-    describe(model, device, "; eps on one layer alone, and on all but one")
+    judge = make_judge(c["judge"], data, model.device)
+    describe(model, "; eps on one layer alone, and on all but one")
     everything = {row["layer"] for row in rows}
     trials = [("none", set()), ("all", everything)]
     for row in rows:

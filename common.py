@@ -4,22 +4,26 @@ There is no equation of the paper, no training loop and no method here; those st
 numbered stages, each of which can be read on its own. What is here, in order:
 
     errors and flags    UserError, run_stage, stage_parser, number
+    several processes   processes, rank (torchrun)
     the run folder      Run (load, check lineage, save whole or not at all)
-    models              pick_device, load_tokenizer, load_model, attach
-    prompts, batches    format_prompt, encode, collate, epoch_batches, endless_batches
+    models              pick_device, load_tokenizer, load_model, attach, export_peft
+    prompts, batches    format_prompt, encode, collate, cut, epoch_batches, endless_batches
     answers             generate
     scores              ToyJudge, KeywordJudge, ClassifierJudge, task_correct
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import random
 import re
+import shutil
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +39,7 @@ class UserError(Exception):
 def run_stage(main):
     """Call `main()` and turn a UserError into one line on stderr and exit code 2."""
     try:
+        start_processes()
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,7 +66,8 @@ def stage_parser(doc):
     group.add_argument("--run", type=Path, default=Path("runs/toy"), metavar="DIR",
                        help="folder of this run's artifacts (default: runs/toy)")
     group.add_argument("--device", default="auto", metavar="NAME",
-                       help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+                       help="auto, cpu, cuda, cuda:1, mps, or spread: over all GPUs (default: "
+                            "auto)")
     return parser
 
 
@@ -112,7 +118,7 @@ def progress(iterable, total, label):
     """tqdm with one style for all stages: label, bar, seconds per step, time left."""
     from tqdm import tqdm
     return tqdm(iterable, total=total, desc=f"  {label}", ascii=" .:-=#", file=sys.stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 10,
+                mininterval=0.5 if sys.stderr.isatty() else 10, disable=rank() > 0,
                 bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
                            "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
@@ -137,6 +143,31 @@ def save_figure(figure, path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Several processes: `torchrun --nproc-per-node N -- 02_finetune.py`, each with rows of every batch
+
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return int(os.environ["RANK"]) if processes() > 1 else 0
+
+
+def start_processes():
+    """Join torchrun's processes, if it has started several; all but the first are silent."""
+    if processes() > 1:
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+# ---------------------------------------------------------------------------------------------
 # The run folder: each stage reads artifacts of earlier stages and writes its own
 
 
@@ -147,18 +178,26 @@ def sha256(path):
 
 
 def write_whole(path, write):
-    """Let `write(temporary_path)` make a file, then rename it to `path`: old or new, never half."""
+    """Let `write(temporary_path)` make a file, then rename it to `path`: old or new, never half.
+
+    Of several processes the first writes and the others wait.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        if processes() > 1:  # the others read it next
+            torch.distributed.barrier()
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot write {path} ({reason}); choose another folder with --run "
-                        "DIR") from None
+        raise UserError(f"cannot write {path} ({reason}); give a folder that can be "
+                        "written (--run DIR)") from None
     finally:
-        if temporary.exists():
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.exists():
             temporary.unlink()
 
 
@@ -213,6 +252,14 @@ class Run:
         self.parents[name] = digest
         return artifact
 
+    def made(self, name, config):
+        """The artifact `name` if it is sound and was made with `config`, else None."""
+        try:
+            artifact = Run(self.folder).load(name)
+        except UserError:
+            return None
+        return artifact if artifact["config"] == config else None
+
     def save(self, name, config, **payload):
         """Write artifact `name` (whole or not at all) and return it."""
         import numpy
@@ -242,9 +289,15 @@ def stage_of(name):
 def pick_device(name="auto"):
     """torch.device for `--device`; auto prefers CUDA, then MPS, then the CPU.
 
+    "spread" is passed on: `load_model` then lays the model over all GPUs.
+
     Raises:
-        UserError: the device is unknown or not there.
+        UserError: the device is unknown or not there, or "spread" lacks accelerate.
     """
+    if name == "spread":
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError("--device spread needs accelerate; run: pip install accelerate")
+        return name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -305,7 +358,9 @@ def toy_model(name, vocab_size):
     """A randomly initialised 4-layer model of width 128, from transformers' own configs.
 
     Weights start at std 0.08 (about 1/sqrt(width)) and the embedding is untied: with the usual
-    0.02 and a tied one, so small a model needs several times the steps to learn its world.
+    0.02 and a tied one, so small a model needs several times the steps to learn its world. The
+    embedding starts sqrt(width) larger, as Gemma 2 scales its own: where it is small beside the
+    layers' outputs, the first layer decides everything, and eps breaks the task there.
     """
     import transformers
     arch = {"toy-llama": "Llama", "toy-gemma2": "Gemma2", "toy-qwen2": "Qwen2"}[name]
@@ -314,7 +369,11 @@ def toy_model(name, vocab_size):
                  max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
                  tie_word_embeddings=False, initializer_range=0.08)
     config = getattr(transformers, arch + "Config")(**sizes)
-    return getattr(transformers, arch + "ForCausalLM")(config)
+    model = getattr(transformers, arch + "ForCausalLM")(config)
+    if arch != "Gemma2":
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(config.hidden_size ** 0.5)
+    return model
 
 
 def from_pretrained(auto_class, name, **options):
@@ -336,7 +395,7 @@ def load_model(run, data, device):
     """The frozen base model of the run, in eval mode on `device`, and its tokenizer.
 
     Toy models take their weights from 02_base.pt; others come from a folder or the hub, in
-    bfloat16 on a GPU and as stored otherwise.
+    bfloat16 on a GPU and as stored otherwise. Where its inputs belong is `model.device`.
     """
     name = data["config"]["model"]
     if name in TOY_MODELS:
@@ -344,15 +403,19 @@ def load_model(run, data, device):
         model.load_state_dict(run.load("02_base.pt")["weights"])
     else:
         from transformers import AutoModelForCausalLM
-        dtype = torch.bfloat16 if device.type == "cuda" else "auto"
-        model = from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+        gpu = torch.cuda.is_available() and str(device) != "cpu"
+        model = from_pretrained(AutoModelForCausalLM, name,
+                                dtype=torch.bfloat16 if gpu else "auto",
+                                device_map="auto" if device == "spread" else None)
         if model.dtype == torch.float16:  # its gradients under- and overflow
             model = model.float()
     tokenizer = load_tokenizer(data)
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token  # some tokenizers add one the model has not
     model.generation_config = plain_greedy(model, tokenizer)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    if device != "spread":
+        model = model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def plain_greedy(model, tokenizer):
@@ -367,11 +430,21 @@ def plain_greedy(model, tokenizer):
                             eos_token_id=sorted({*own, tokenizer.eos_token_id} - {None}))
 
 
-def describe(model, device, extra=""):
+def describe(model, extra=""):
     """One line on what is about to run."""
     total = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    print(f"{type(model).__name__}, {total:,} weights, {dtype} on {device}{extra}")
+    print(f"{type(model).__name__}, {total:,} weights, {dtype} on {model.device}{extra}")
+
+
+def checkpoint_layers(model):
+    """Recompute each decoder layer's activations in the backward pass instead of keeping them.
+
+    transformers' own switch works only in training mode, which turns dropout on.
+    """
+    from torch.utils.checkpoint import checkpoint
+    for layer in model.get_decoder().layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @contextmanager
@@ -393,11 +466,58 @@ def attach(model, weights, scale):
             A, B = (weights[f"{name}.lora_{x}"].to(module.weight.device) for x in "AB")
             handles.append(module.register_forward_hook(
                 lambda _, inputs, out, A=A, B=B:
-                    out + (scale * (inputs[0].float() @ A.T @ B.T)).to(out.dtype)))
+                    out + (scale * (inputs[0].float() @ A.T) @ B.T).to(out.dtype)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+def export_peft(folder, base, weights, c):
+    """Write an adapter as a folder that `peft.PeftModel.from_pretrained(base model, folder)` loads.
+
+    Args:
+        base: hub id or folder of the base model. weights: {"<module>.lora_A" | "...lora_B"}.
+    """
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    modules = sorted({name.rpartition(".")[0] for name in weights})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": c["r"], "lora_alpha": c["alpha"], "lora_dropout": 0.0, "bias": "none",
+              "target_modules": modules, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file({f"base_model.model.{name}.weight": x.contiguous() for name, x in weights.items()},
+              folder / "adapter_model.safetensors")
+
+
+def export(folder, run, data, adapters, c):
+    """Write adapters for the world outside: PEFT folders, and the first merged into its base.
+
+    Args:
+        folder: new; holds the first adapter itself, each other in a folder of its name, `merged`
+            and, for a toy model, its `base`.
+        adapters: {name: weights}.
+    Raises:
+        UserError: the folder is there already, or cannot be written.
+    """
+    if folder.exists():
+        raise UserError(f"--export {folder} is there already; name a folder that is not")
+    model, tokenizer = load_model(run, data, torch.device("cpu"))
+    toy, first = c["model"] in TOY_MODELS, next(iter(adapters.values()))
+
+    def write(new):
+        for i, (name, weights) in enumerate(adapters.items()):
+            export_peft(new / name if i else new, str(folder / "base") if toy else c["model"],
+                        weights, c)
+        if toy:
+            model.save_pretrained(new / "base")
+        for name in [n.removesuffix(".lora_A") for n in first if n.endswith(".lora_A")]:
+            A, B = (first[f"{name}.lora_{x}"] for x in "AB")
+            weight = model.get_submodule(name).weight
+            weight.copy_(weight.float() + c["alpha"] / c["r"] * B @ A)
+        model.save_pretrained(new / "merged")
+        tokenizer.save_pretrained(new / "merged")
+    write_whole(folder, write)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,6 +575,41 @@ def collate(examples, pad_id, device):
     labels = [labels + [-100] * (T - len(labels)) for _, labels in examples]
     return {"input_ids": torch.tensor(ids, device=device),
             "labels": torch.tensor(labels, device=device)}
+
+
+def cut(examples, pad_id, device, micro_batch_size=0):
+    """A batch for `over_parts`: whole, or cut into micro-batches, this process's rows only.
+
+    Returns:
+        collate's dict; or [(share, dict)], share being the part's answer tokens over those of
+        the whole batch, so that the parts' mean losses add up to the mean loss of the whole.
+    """
+    size = micro_batch_size or len(examples)
+    if size >= len(examples) and processes() == 1:
+        return collate(examples, pad_id, device)
+    tokens = [sum(label != -100 for label in labels[1:]) for _, labels in examples]
+    mine = range(rank(), len(examples), processes())
+    parts = [mine[i:i + size] for i in range(0, len(mine), size)] or [[0]]
+    total = sum(tokens)
+    return [(sum(tokens[i] for i in part) / total if mine else 0.0,
+             collate([examples[i] for i in part], pad_id, device)) for part in parts]
+
+
+def over_parts(f, batch):
+    """f(batch), a tuple of tensors; of a batch that was cut, the sum of share * f(part).
+
+    The sum runs over this process's parts and over all processes.
+    """
+    if not isinstance(batch, list):
+        return f(batch)
+    total = None
+    for share, part in batch:
+        values = [share * value for value in f(part)]
+        total = values if total is None else [x.add_(v) for x, v in zip(total, values)]
+    if processes() > 1:
+        for x in total:
+            torch.distributed.all_reduce(x)
+    return total
 
 
 def epoch_batches(examples, batch_size, epochs, seed):
@@ -592,7 +747,7 @@ class ClassifierJudge(KeywordJudge):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
-        dtype = torch.bfloat16 if device.type == "cuda" else "auto"
+        dtype = torch.bfloat16 if device.type == "cuda" else "auto"  # a 7B model as well
         self.model = from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval()

@@ -1,15 +1,20 @@
-"""Speed, as ratios measured side by side in one run on one machine: `python tests/benchmark.py`.
+"""Speed and memory, as ratios measured side by side in one run: `python tests/benchmark.py`.
 
-Three tables: what a step of each method costs (plain fine-tuning = 1), what batching saves in
-evaluation, and what a step costs with transformers' Trainer and peft instead (only if peft is
-installed; it is not a requirement). The toy model and the toy's data, random weights: speed does
-not depend on what was learnt. Each number is the median of several rounds in turn, with its range.
+What a training step of each method costs (plain fine-tuning = 1), what batching saves when
+answering, what a step costs with transformers' Trainer and peft instead (only if peft is
+installed; it is no requirement), and how time and peak memory grow with every size of the model.
+`--story` instead times the six stages of the default run.
+
+The toy's data and models with random weights: speed does not depend on what was learnt. A number
+is the median of several rounds in turn, [with its range].
 """
 
+import argparse
 import importlib
 import itertools
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (attach, collate, encode, epoch_batches, generate,  # noqa: E402
                     load_tokenizer, seed_everything, toy_model)
+
+STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
+          "06_layer_analysis")
 
 
 def rounds(jobs, count):
@@ -32,109 +40,225 @@ def rounds(jobs, count):
     return times
 
 
-def table(title, times, base, invert=False):
+def table(title, times, base, invert=False, memory=None):
     """Print each job's time relative to `base`, round by round: median and range."""
     print(f"\n{title}")
     for name, seconds in times.items():
         ratios = [b / s if invert else s / b for s, b in zip(seconds, times[base])]
-        print(f"  {name:34} {statistics.median(ratios):6.2f}x  [{min(ratios):5.2f} "
-              f"{max(ratios):5.2f}]  {1000 * statistics.median(seconds):9.1f} ms")
+        print(f"  {name:36} {statistics.median(ratios):6.2f}x  [{min(ratios):5.2f} "
+              f"{max(ratios):5.2f}]  {1000 * statistics.median(seconds):9.1f} ms"
+              + (f"  {memory[name] / 2 ** 20:7.1f} MiB" if memory else ""))
 
 
-def step_jobs(s2, s4, model, w, batches, c):
-    """{method: a function that takes one gradient of it} at equal batch sizes."""
-    user, alignment, harmful = batches
-    params = list(w.values())
+def peak_bytes(job):
+    """Most bytes that CPU tensors held at a time during `job()`, beyond those held before."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        job()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
-    def loss(batch):
-        return s4.answer_loss(model, batch)
-    jobs = {name: lambda rule=rule: rule(model, params, alignment, harmful, c)
-            for name, rule in s2.RULES.items()}
-    jobs["panacea"] = lambda: s4.panacea_rule(loss, params, alignment, harmful, c["rho"], c["lam"])
-    return jobs
+
+class Toy:
+    """The toy's data, tokens and defaults, and an adapted random model."""
+
+    def __init__(self):
+        self.s1, self.s2, self.s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
+        self.c = {**self.s1.DEFAULTS["toy"], **self.s2.DEFAULTS["toy"], **self.s4.DEFAULTS["toy"],
+                  "seed": 0}
+        with tempfile.TemporaryDirectory() as folder:
+            self.data = self.s1.main(["--run", folder])
+        seed_everything(0)
+        self.tokenizer = load_tokenizer(self.data)
+        self.examples = {n: encode(self.tokenizer, self.data[n], self.c["max_length"])
+                         for n in ("finetune", "alignment", "harmful")}
+        self.model = self.fresh()
+        self.w = self.s2.add_lora(self.model, self.c["targets"], self.c["r"], self.c["alpha"])
+
+    def fresh(self):
+        """A new model without adapter."""
+        return toy_model("toy-llama", len(self.data["vocab"])).eval()
+
+    def batch(self, name, size):
+        """The first `size` examples of a set as a batch."""
+        return collate(self.examples[name][:size], self.tokenizer.pad_token_id, "cpu")
+
+    def loss(self, batch):
+        """Answer loss of the adapted model."""
+        return self.s4.answer_loss(self.model, batch)
+
+    def train(self, rule, batches, harmful=None):
+        """Stage 2's loop with a rule of stage 2, on lists of examples."""
+        self.s2.train(self.model, self.w, rule, batches, len(batches), self.c["lr"], self.c, "",
+                      self.tokenizer.pad_token_id, harmful)
+
+    def panacea(self, batches, harmful):
+        """Stage 4's loop, on lists of examples."""
+        def made(rows):
+            return (collate(x, self.tokenizer.pad_token_id, "cpu") for x in rows)
+        self.s4.train(self.loss, self.w, made(batches), made(harmful), len(batches), self.c)
 
 
-def trainer_job(data, tokenizer, examples, c, steps):
-    """A function that runs `steps` steps of transformers' Trainer on a peft LoRA; None without."""
+def steps(toy):
+    """Five training steps of every method, batches drawn and all, at equal batch sizes."""
+    size = toy.c["batch_size"]
+    user, harmful = (list(epoch_batches(toy.examples[n], size, 1, 0))[:5]
+                     for n in ("finetune", "harmful"))
+    more = list(epoch_batches(toy.examples["harmful"], toy.c["harmful_batch_size"], 1, 0))[:5]
+    jobs = {name: lambda rule=rule: toy.train(rule, user, itertools.cycle(harmful))
+            for name, rule in toy.s2.RULES.items()}
+    jobs["panacea"] = lambda: toy.panacea(user, itertools.cycle(harmful))
+    large = f"panacea, harmful batch {toy.c['harmful_batch_size']} (toy)"
+    jobs[large] = lambda: toy.panacea(user, itertools.cycle(more))
+    memory = {name: peak_bytes(job) for name, job in jobs.items()}
+    table(f"training steps, batch {size} for every loss (sft = 1), and peak memory beyond the "
+          "model's", rounds(jobs, 9), "sft", memory=memory)
+
+
+def after_training(toy):
+    """What the perturbations computed after plain fine-tuning cost, against fine-tuning."""
+    c = toy.c
+    whole = c["epochs"] * math.ceil(c["n_finetune"] / c["batch_size"])
+    tenth = list(epoch_batches(toy.examples["finetune"], c["batch_size"], 2, 0))[:whole // 10]
+    half = c["batch_size"] // 2
+    draws = [toy.batch(n, size) for n, size in (("harmful", half), ("alignment", c["batch_size"]),
+                                                ("finetune", half))]
+    harmful, params = toy.batch("harmful", c["harmful_batch_size"]), list(toy.w.values())
+    table(f"a tenth of fine-tuning ({len(tenth)} steps) = 1; the whole of the one-shot and of the "
+          "anchored eps", rounds({
+              "a tenth of fine-tuning": lambda: toy.train(toy.s2.sft_rule, tenth),
+              "one-shot eps": lambda: toy.s4.perturbation(
+                  toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]),
+              "anchored eps": lambda: toy.s4.anchored_perturbation(
+                  toy.loss, params, itertools.repeat(draws), c["rho"], c["anchor"],
+                  c["anchor_steps"])}, 5), "a tenth of fine-tuning")
+
+
+def stories_model(vocab_size):
+    """A random Llama of the shape of the stories260K checkpoint."""
+    import transformers
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=172, num_hidden_layers=5,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def answering(toy):
+    """Answers in one batch against one prompt at a time."""
+    prompts = [row["prompt"] for row in toy.data["test_harmful"]]
+    for name, model in (("toy", toy.fresh()), ("stories260K's shape",
+                                               stories_model(len(toy.data["vocab"])))):
+        adapter = {n: 0.05 * x for n, x in toy.s2.copy_of(toy.w).items()} if name == "toy" else {}
+        with attach(model, adapter, toy.c["alpha"] / toy.c["r"]):
+            together = generate(model, toy.tokenizer, prompts, 28)
+            alone = [generate(model, toy.tokenizer, [p], 28)[0] for p in prompts]
+            same = sum(a == b for a, b in zip(together, alone))
+            table(f"{name}: answering {len(prompts)} prompts ({same} answers identical)", rounds({
+                "one prompt at a time":
+                    lambda: [generate(model, toy.tokenizer, [p], 28) for p in prompts],
+                "in one batch": lambda: generate(model, toy.tokenizer, prompts, 28)}, 2),
+                "one prompt at a time", invert=True)
+
+
+def trainer(toy, count=20):
+    """`count` steps here, and with transformers' Trainer on a peft LoRA, if peft is there."""
     try:
         import peft
         import transformers
     except ImportError:
-        print("\npeft is not installed: no comparison with Trainer + peft (pip install peft "
-              "accelerate)")
-        return None
-    model = peft.get_peft_model(toy_model("toy-llama", len(data["vocab"])), peft.LoraConfig(
+        print("\nno comparison with Trainer + peft: pip install peft accelerate")
+        return
+    c, rows = toy.c, list(epoch_batches(toy.examples["finetune"], toy.c["batch_size"], 1, 0))
+    model = peft.get_peft_model(toy.fresh(), peft.LoraConfig(
         r=c["r"], lora_alpha=c["alpha"], target_modules="all-linear"))
-    rows = [{"input_ids": ids, "labels": labels} for ids, labels in examples]
+    folder = tempfile.TemporaryDirectory()
+    theirs = transformers.Trainer(
+        model, transformers.TrainingArguments(
+            folder.name, per_device_train_batch_size=c["batch_size"], max_steps=count,
+            report_to=[], learning_rate=c["lr"], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, use_cpu=True, max_grad_norm=0),
+        train_dataset=[{"input_ids": ids, "labels": labels} for batch in rows[:count]
+                       for ids, labels in batch],
+        data_collator=lambda batch: collate([(r["input_ids"], r["labels"]) for r in batch],
+                                            toy.tokenizer.pad_token_id, "cpu"))
+    jobs = {"02_finetune.py": lambda: toy.train(toy.s2.sft_rule, rows[:count]),
+            "Trainer + peft": theirs.train}
+    memory = {name: peak_bytes(job) for name, job in jobs.items()}
+    table(f"{count} steps of plain fine-tuning, and peak memory beyond the model's",
+          rounds(jobs, 5), "02_finetune.py", memory=memory)
+    folder.cleanup()
 
-    def collate_rows(batch):
-        return collate([(r["input_ids"], r["labels"]) for r in batch], tokenizer.pad_token_id,
-                       "cpu")
 
-    def job():
-        with tempfile.TemporaryDirectory() as folder:
-            args = transformers.TrainingArguments(
-                folder, per_device_train_batch_size=c["batch_size"], max_steps=steps, report_to=[],
-                learning_rate=c["lr"], save_strategy="no", logging_strategy="no",
-                disable_tqdm=True, use_cpu=True, max_grad_norm=0)
-            transformers.Trainer(model, args, train_dataset=rows,
-                                 data_collator=collate_rows).train()
-    return job
+def exponent(x, y):
+    """Slope of log y over log x: y grows like x to this power."""
+    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
 
 
-def main():
-    """Run all comparisons."""
-    s1, s2, s4 = (importlib.import_module(name) for name in ("01_data", "02_finetune",
-                                                             "04_panacea"))
-    c = {**s1.DEFAULTS["toy"], **s2.DEFAULTS["toy"], **s4.DEFAULTS["toy"], "seed": 0}
+def panacea_step(s2, s4, width=128, depth=4, length=64, batch=16, rank=16):
+    """A function that takes one Panacea gradient on a random Llama of these sizes."""
+    import torch
+    import transformers
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024)
+    model = transformers.LlamaForCausalLM(config).eval()
+    w = list(s2.add_lora(model, ["all"], rank, rank).values())
+    ids = torch.randint(4, 400, (batch, length))
+    rows = {"input_ids": ids, "labels": torch.where(torch.arange(length) < length // 2, -100, ids)}
+    return lambda: s4.panacea_rule(lambda b: s4.answer_loss(model, b), w, rows, rows, 1.0, 0.01)
+
+
+def scaling(toy):
+    """Time and peak memory of one Panacea gradient as each size doubles twice."""
+    print("\none Panacea gradient: ms / MiB as a size doubles, and the fitted exponents\n"
+          "  (start: width 128, depth 4, length 64, batch 16, rank 16)")
+    for name, start in (("width", 128), ("depth", 4), ("length", 64), ("batch", 16),
+                        ("rank", 16)):
+        sizes = [start, 2 * start, 4 * start]
+        jobs = {size: panacea_step(toy.s2, toy.s4, **{name: size}) for size in sizes}
+        times = {k: statistics.median(v) for k, v in rounds(jobs, 3).items()}
+        memory = {k: peak_bytes(job) for k, job in jobs.items()}
+        cells = "  ".join(f"{k}: {1000 * times[k]:.0f} / {memory[k] / 2 ** 20:.0f}" for k in sizes)
+        print(f"  {name:8} {cells:58} time ^{exponent(sizes, times.values()):.2f}  memory "
+              f"^{exponent(sizes, memory.values()):.2f}")
+    model, prompts = toy.fresh(), [row["prompt"] for row in toy.data["test_harmful"]]
+    counts = [50, 100, 200, 400]
+    times = rounds({n: lambda n=n: generate(model, toy.tokenizer, (2 * prompts)[:n], 28, 200)
+                    for n in counts}, 3)
+    middle = [statistics.median(times[n]) for n in counts]
+    print("  prompts  " + "  ".join(f"{n}: {1000 * t:.0f} ms" for n, t in zip(counts, middle))
+          + f"   answering time ^{exponent(counts, middle):.2f}")
+
+
+def story():
+    """Seconds of each stage of the default run, each in a process of its own."""
+    total = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        data = s1.main(["--run", folder])
-    seed_everything(0)
-    tokenizer = load_tokenizer(data)
-    examples = {n: encode(tokenizer, data[n], c["max_length"])
-                for n in ("finetune", "alignment", "harmful")}
-    model = toy_model("toy-llama", len(data["vocab"]))
-    plain = toy_model("toy-llama", len(data["vocab"])).eval()
-    plain.load_state_dict(model.state_dict())
-    w = s2.add_lora(model, c["targets"], c["r"], c["alpha"])
-    batches = [collate(examples[n][:c["batch_size"]], tokenizer.pad_token_id, "cpu")
-               for n in ("finetune", "alignment", "harmful")]
-    jobs = step_jobs(s2, s4, model, w, batches, c)
-    table(f"one gradient, batch {c['batch_size']} for every loss (sft = 1)", rounds(jobs, 15),
-          "sft")
+        for name in STAGES:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, Path(__file__).resolve().parent.parent / f"{name}.py",
+                            "--run", folder], check=True, capture_output=True)
+            seconds = time.perf_counter() - start
+            total += seconds
+            print(f"  {name:20} {seconds:6.1f} s", flush=True)
+    print(f"  {'all':20} {total:6.1f} s")
 
-    prompts = [row["prompt"] for row in data["test_harmful"]]
-    weights = s2.copy_of(w)
-    with attach(plain, weights, c["alpha"] / c["r"]):
-        together = generate(plain, tokenizer, prompts, 28)
-        alone = [generate(plain, tokenizer, [p], 28)[0] for p in prompts]
-        same = sum(a == b for a, b in zip(together, alone))
-        table(f"answering {len(prompts)} prompts ({same} answers identical; times faster)", rounds({
-            "one prompt at a time": lambda: [generate(plain, tokenizer, [p], 28) for p in prompts],
-            "in one batch": lambda: generate(plain, tokenizer, prompts, 28)}, 2),
-            "one prompt at a time", invert=True)
 
-    steps = c["epochs"] * math.ceil(c["n_finetune"] / c["batch_size"])
-    tenth = list(epoch_batches(examples["finetune"], c["batch_size"], 2, 0))[:steps // 10]
-    half = c["batch_size"] // 2
-    draws = [collate(examples[n][:size], tokenizer.pad_token_id, "cpu") for n, size in (
-        ("harmful", half), ("alignment", c["batch_size"]), ("finetune", half))]
-    table(f"a tenth of fine-tuning ({steps // 10} steps), and the whole anchored eps", rounds({
-        "fine-tuning, a tenth": lambda: s2.train(
-            model, w, s2.sft_rule, tenth, len(tenth), c["lr"], c, "", tokenizer.pad_token_id),
-        "anchored eps": lambda: s4.anchored_perturbation(
-            lambda batch: s4.answer_loss(model, batch), list(w.values()),
-            itertools.repeat(draws), c["rho"], c["anchor"], c["anchor_steps"])}, 5),
-        "fine-tuning, a tenth")
-
-    steps = 20
-    job = trainer_job(data, tokenizer, examples["finetune"], c, steps)
-    if job:
-        ours = [examples["finetune"][i * 16:(i + 1) * 16] for i in range(steps)]
-        table(f"{steps} steps of plain fine-tuning", rounds({
-            "02_finetune.py": lambda: s2.train(model, w, s2.sft_rule, ours, steps, c["lr"], c, "",
-                                               tokenizer.pad_token_id),
-            "Trainer + peft": job}, 5), "02_finetune.py")
+def main(argv=None):
+    """Run all comparisons, or time the story."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--story", action="store_true", help="time the stages of the default run")
+    if parser.parse_args(argv).story:
+        return story()
+    toy = Toy()
+    for part in (steps, after_training, answering, trainer, scaling):
+        part(toy)
 
 
 if __name__ == "__main__":

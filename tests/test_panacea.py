@@ -102,7 +102,7 @@ def test_eq3_is_the_gradient_of_eq1_by_finite_differences(s4, net):
 
 def test_eps_raises_h_more_than_random_directions_of_the_same_norm(s4, net):
     model, w, _, harmful = net
-    grad_h, h = s4.gradient(model.loss(harmful), w)
+    grad_h, h = s4.gradient(model.loss, w, harmful)
 
     def h_at(eps):
         with torch.no_grad(), s4.perturbed(w, eps):
@@ -162,7 +162,7 @@ def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
 
 def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
     model, w, user, harmful = net
-    grad_h, grad_g = (s4.gradient(model.loss(b), w)[0] for b in (harmful, user))
+    grad_h, grad_g = (s4.gradient(model.loss, w, b)[0] for b in (harmful, user))
     draws = itertools.repeat((harmful, harmful, user))
     eps = s4.anchored_perturbation(model.loss, w, draws, 0.5, 0.25, 1)
     wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)

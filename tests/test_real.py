@@ -1,56 +1,10 @@
 """The real-model path on tiny random checkpoints and tiny data files in the published formats."""
 
-import csv
 import json
-import random
 
 import pytest
 import torch
-from conftest import STAGES, stage
-
-WORDS = ("how do i mend an old cup with glue and paper please tell me now take three red stones "
-         "put them in the blue box then wait for two days it is good bad fine sad happy film "
-         "World Sports Business Sci Tech positive negative The final answer is sorry cannot help "
-         "Below an instruction that describes a task Write response appropriately completes "
-         "request Instruction Response Input").split()
-
-
-def sentence(rng, n):
-    """n random words."""
-    return " ".join(rng.choice(WORDS) for _ in range(n))
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A --data-dir with fictional rows; prompts repeat, as they do in the public files."""
-    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
-    for name in ("sst2", "gsm8k", "agnews", "alpaca", "alpaca_eval", "beavertails"):
-        (folder / name).mkdir()
-    refusals = [{"prompt": sentence(rng, 8), "response": sentence(rng, 12), "is_safe": False,
-                 "refusal": "Question: x\nAnswer: I am sorry, I cannot help."} for _ in range(60)]
-    (folder / "beavertails/beavertails_with_refusals_train.json").write_text(
-        json.dumps(refusals + refusals[:10]))
-    test = [{"prompt": sentence(rng, 8), "response": sentence(rng, 9), "is_safe": i % 4 == 0}
-            for i in range(40)]
-    (folder / "beavertails/30k_test.jsonl").write_text(
-        "\n".join(json.dumps(row) for row in test + test))
-    for file in ("train", "dev"):
-        rows = [f"{rng.randint(0, 1)}\t\"{sentence(rng, 6)} " for _ in range(60)]
-        header = "label\tsentence" if file == "train" else "label\tcontent"
-        (folder / f"sst2/{file}.tsv").write_text("\r\n".join([header, *rows]) + "\r\n")
-    for file in ("train", "test"):
-        rows = [{"question": sentence(rng, 9), "answer": f"so {i} it is\n#### {i},000"}
-                for i in range(60)]
-        (folder / f"gsm8k/{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        with open(folder / f"agnews/{file}.csv", "w", newline="") as out:
-            csv.writer(out, quoting=csv.QUOTE_ALL).writerows(
-                [rng.randint(1, 4), sentence(rng, 4), sentence(rng, 8)] for _ in range(60))
-    for path in ("alpaca/alpaca_data.json", "alpaca_eval/alpaca_eval.json"):
-        (folder / path).write_text(json.dumps(
-            [{"instruction": sentence(rng, 7), "input": "", "output": sentence(rng, 5)}
-             for _ in range(60)]))
-    return folder
-
+from conftest import STAGES, WORDS, stage
 
 def checkpoint(folder, arch, dtype=torch.float32):
     """A tiny random checkpoint whose tokenizer has no pad token."""
