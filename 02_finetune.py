@@ -113,10 +113,11 @@ def add_lora(model, targets, r, alpha):
 def answer_loss(model, batch):
     """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
 
-    Logits are computed only at positions that predict an answer token in some row.
+    Logits are computed only from the first to the last position that predicts an answer token.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
-    keep = (labels != -100).any(0).nonzero().squeeze(1)                # (K,) positions
+    answer = (labels != -100).any(0).nonzero()
+    keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1),               # (B*K, V)
                            labels[:, keep].flatten(), ignore_index=-100)
@@ -186,7 +187,7 @@ def vaccine_rule(model, w, batch, harmful, c):
     e = [zero.clone().requires_grad_() for _ in layers]
     with shifted(layers, e):
         drift = torch.autograd.grad(answer_loss(model, batch), e)
-    norm = global_norm(drift).item()
+    norm = global_norm([d.float() for d in drift]).item()
     with shifted(layers, [c["vaccine_rho"] * d / norm for d in drift]):
         return gradient(partial(answer_loss, model), w, batch)
 
@@ -245,7 +246,7 @@ def train(model, w, rule, batches, steps, lr, c, label, pad_id, harmful=None, at
 
     Args:
         w: {name: parameter}. rule: one of the rules above. batches: iterator of example lists.
-        harmful: iterator of the provider's harmful example lists, where the rule uses them.
+        harmful: iterator of the provider's harmful example lists, if any (sft_rule ignores them).
         at_step: called with (step, loss) after each step, for logs and snapshots.
     Raises:
         UserError: the gradient is not finite.
@@ -390,8 +391,8 @@ def get_args(argv=None):
                                     "gradient is the same (sft and booster only)"),
     })
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       default=False, help="keep no activations inside layers: half the speed, "
-                                           "a fraction of the memory, the same gradient")
+                       default=False, help="keep no activations inside layers: two thirds of the "
+                                           "speed, a fraction of the memory, the same gradient")
     return parser.parse_args(argv)
 
 
@@ -405,11 +406,15 @@ def main(argv=None):
     config["defense"] = args.defense or (list(DEFENSES) if preset == "toy" else ["sft"])
     config["gradient_checkpointing"] = args.gradient_checkpointing
     whole = {"vaccine", "repnoise"} & set(config["defense"])
-    if whole and (config["micro_batch_size"] or processes() > 1):
-        raise UserError(f"{' and '.join(sorted(whole))} need the whole batch in one pass; leave "
-                        "out --micro-batch-size and torchrun, or use --defense sft booster")
+    if whole and (config["micro_batch_size"] or processes() > 1 or args.device == "spread"):
+        raise UserError(f"the whole batch in one pass is what {' and '.join(sorted(whole))} must "
+                        "have; leave out --micro-batch-size, torchrun and --device spread, or use "
+                        "--defense sft booster")
     device = pick_device(args.device)
     if config["model"] in TOY_MODELS:
+        if device == "spread":
+            raise UserError(f"--device spread is for models that fit no GPU; {config['model']} "
+                            "does: leave it out")
         add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)  # fail before, not after
         pretrain(run, data, config, device)
     model, tokenizer = load_model(run, data, device)

@@ -41,7 +41,7 @@ from common import (Run, UserError, add_flags, checkpoint_layers, cut, describe,
                     pick_device, progress, resolve, run_stage, seed_everything, stage_parser)
 
 DEFAULTS = {
-    "toy": dict(rho=1.0, lam=0.01, harmful_batch_size=24, anchor=3.0, anchor_steps=5),
+    "toy": dict(rho=1.0, lam=0.01, harmful_batch_size=48, anchor=3.0, anchor_steps=5),
     "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=5),
 }
 
@@ -99,10 +99,11 @@ def perturbed(w, eps):
 def answer_loss(model, batch):
     """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
 
-    Logits are computed only at positions that predict an answer token in some row.
+    Logits are computed only from the first to the last position that predicts an answer token.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
-    keep = (labels != -100).any(0).nonzero().squeeze(1)                # (K,) positions
+    answer = (labels != -100).any(0).nonzero()
+    keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1),               # (B*K, V)
                            labels[:, keep].flatten(), ignore_index=-100)
@@ -321,8 +322,8 @@ def get_args(argv=None):
                        default=None, help="keep no activations inside layers")
     parser.add_argument("--export", type=Path, metavar="FOLDER",
                         help="write w + eps there as a PEFT adapter, apart from it w and the "
-                             "anchored model, and merged weights; does not train again if "
-                             "04_panacea.pt was made with the same settings")
+                             "anchored model, and merged weights; a 04_panacea.pt that no "
+                             "flag given contradicts is used as it is")
     return parser.parse_args(argv)
 
 
@@ -370,18 +371,25 @@ def main(argv=None):
     c = {**stage2["config"], **resolve(args, DEFAULTS, stage2["config"]["preset"])}
     for name in ("epochs", "micro_batch_size", "gradient_checkpointing"):
         c[name] = c[name] if getattr(args, name) is None else getattr(args, name)
-    artifact = run.made("04_panacea.pt", c) if args.export else None
+    artifact = None
+    if args.export:
+        if args.export.exists():
+            raise UserError(f"--export {args.export} is there already; name a folder that is not")
+        given = {k: v for k, v in vars(args).items() if k in c and v is not None}
+        artifact = run.made("04_panacea.pt", given)
     if artifact is None:
         artifact = run.save("04_panacea.pt", c,
                             **algorithm(run, data, stage2, c, pick_device(args.device)))
+        print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run "
+              f"{args.run}")
     if args.export:
         w, attacked = artifact["weights"], stage2["finetuned"]["sft"]
-        others = {"anchored": plus(attacked, artifact["anchored"])} if c["anchor"] else {}
-        export(args.export, run, data, {"panacea": plus(w, artifact["epsilon"]), "without_eps": w,
-                                        **others}, c)
+        adapters = {"panacea": plus(w, artifact["epsilon"]), "without_eps": w}
+        if "anchored" in artifact:
+            adapters["anchored"] = plus(attacked, artifact["anchored"])
+        export(args.export, run, data, adapters, artifact["config"])
         print(f"{args.export} written: w + eps as a PEFT adapter; in it "
-              f"{', '.join([*others, 'without_eps'])} and merged")
-    print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run {args.run}")
+              f"{', '.join(list(adapters)[1:])} and merged")
     return artifact
 
 

@@ -242,9 +242,11 @@ def draw(rows, path):
                                      ("refusal", "refusals"), ("fa", "task accuracy"))):
         places = [k + 0.2 * (i - 1.5) for k in range(len(shown))]
         story.bar(places, [row.get(key) or 0 for row in shown], 0.2, label=text,
-                  color=("tab:red", "tab:orange", "tab:blue", "tab:green")[i])
+                  color=("tab:red", "tab:orange", "tab:blue", "tab:green")[i],
+                  yerr=[row.get(f"{key}_sd", 0) for row in shown], error_kw={"lw": 0.6})
     story.set_xticks(range(len(shown)), names, rotation=35, ha="right")
-    story.set(title="The story", ylabel="%", ylim=(0, 122))
+    story.set(title="The story" + (", mean and sd over seeds" if "n_seeds" in rows[0] else ""),
+              ylabel="%", ylim=(0, 140))
     story.legend(fontsize=8, loc="upper center", ncol=4)
     for defense, points in falls(rows).items():
         fall.plot([max(s, 1) for s, _, _ in points], [hs for _, _, hs in points], "o-",

@@ -158,7 +158,7 @@ def print_bars(rows, ends):
 
 
 def draw(rows, ends, path):
-    """Bars of the relative size per layer, and the causal check beside it."""
+    """Bars of the norm of eps per layer, and the causal check beside it."""
     pyplot = pyplot_for(path)
     if pyplot is None:
         return

@@ -4,10 +4,10 @@ There is no equation of the paper, no training loop and no method here; those st
 numbered stages, each of which can be read on its own. What is here, in order:
 
     errors and flags    UserError, run_stage, stage_parser, number
-    several processes   processes, rank (torchrun)
-    the run folder      Run (load, check lineage, save whole or not at all)
-    models              pick_device, load_tokenizer, load_model, attach, export_peft
-    prompts, batches    format_prompt, encode, collate, cut, epoch_batches, endless_batches
+    several processes   processes, rank, start_processes, wait (torchrun)
+    the run folder      write_whole, Run (load, check lineage, save whole or not at all)
+    models              pick_device, load_model, checkpoint_layers, attach, export
+    prompts, batches    format_prompt, encode, collate, cut, over_parts, epoch_batches
     answers             generate
     scores              ToyJudge, KeywordJudge, ClassifierJudge, task_correct
 """
@@ -159,12 +159,17 @@ def rank():
 def start_processes():
     """Join torchrun's processes, if it has started several; all but the first are silent."""
     if processes() > 1:
-        gpu = torch.cuda.is_available()
-        if gpu:
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        torch.distributed.init_process_group()  # NCCL for tensors on GPUs, Gloo for the CPU's
         if rank():
             sys.stdout = open(os.devnull, "w")
+
+
+def wait():
+    """Wait for the other processes, if there are any."""
+    if processes() > 1:
+        torch.distributed.barrier()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,17 +193,16 @@ def write_whole(path, write):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             os.replace(temporary, path)
-        if processes() > 1:  # the others read it next
-            torch.distributed.barrier()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except Exception as error:  # each library reports a full disk as a kind of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot write {path} ({reason}); give a folder that can be "
-                        "written (--run DIR)") from None
+                        "written") from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+    wait()  # the others read it next
 
 
 HOLDS = {  # what later stages need of each artifact
@@ -253,12 +257,14 @@ class Run:
         return artifact
 
     def made(self, name, config):
-        """The artifact `name` if it is sound and was made with `config`, else None."""
+        """The artifact `name` if it is sound and `config` is part of its config, else None."""
         try:
             artifact = Run(self.folder).load(name)
         except UserError:
             return None
-        return artifact if artifact["config"] == config else None
+        finally:
+            wait()  # nobody writes it while another is still looking
+        return artifact if artifact["config"].items() >= config.items() else None
 
     def save(self, name, config, **payload):
         """Write artifact `name` (whole or not at all) and return it."""
@@ -294,6 +300,12 @@ def pick_device(name="auto"):
     Raises:
         UserError: the device is unknown or not there, or "spread" lacks accelerate.
     """
+    if processes() > 1 and name == "spread":
+        raise UserError("--device spread needs all GPUs for one process; leave out torchrun")
+    if processes() > 1 and name in ("auto", "cuda") and (
+            0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"])):
+        raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} "
+                        "GPUs here; use --nproc-per-node with that number, or --device cpu")
     if name == "spread":
         if importlib.util.find_spec("accelerate") is None:
             raise UserError("--device spread needs accelerate; run: pip install accelerate")
@@ -407,6 +419,8 @@ def load_model(run, data, device):
         model = from_pretrained(AutoModelForCausalLM, name,
                                 dtype=torch.bfloat16 if gpu else "auto",
                                 device_map="auto" if device == "spread" else None)
+        if any(p.is_meta for p in model.parameters()):
+            raise UserError(f"{name} does not fit into the GPUs here; use a smaller --model")
         if model.dtype == torch.float16:  # its gradients under- and overflow
             model = model.float()
     tokenizer = load_tokenizer(data)
@@ -451,8 +465,7 @@ def checkpoint_layers(model):
 def attach(model, weights, scale):
     """Run `model` with a LoRA adapter added to its frozen linear layers, without merging.
 
-    Merging alpha/r * B A into bfloat16 weights would round a small eps away; adding its output
-    is exact on any dtype.
+    Merging alpha/r * B A into bfloat16 weights would round most of a small eps away.
 
     Args:
         model: the frozen base model.
@@ -495,26 +508,25 @@ def export(folder, run, data, adapters, c):
 
     Args:
         folder: new; holds the first adapter itself, each other in a folder of its name, `merged`
-            and, for a toy model, its `base`.
+            (float32: bfloat16 would round most of eps away) and, for a toy model, its `base`.
         adapters: {name: weights}.
     Raises:
-        UserError: the folder is there already, or cannot be written.
+        UserError: the folder cannot be written.
     """
-    if folder.exists():
-        raise UserError(f"--export {folder} is there already; name a folder that is not")
-    model, tokenizer = load_model(run, data, torch.device("cpu"))
     toy, first = c["model"] in TOY_MODELS, next(iter(adapters.values()))
+    base = folder / "base" if toy else Path(c["model"])
+    base = str(base.resolve()) if toy or base.is_dir() else c["model"]
 
     def write(new):
         for i, (name, weights) in enumerate(adapters.items()):
-            export_peft(new / name if i else new, str(folder / "base") if toy else c["model"],
-                        weights, c)
+            export_peft(new / name if i else new, base, weights, c)
+        model, tokenizer = load_model(run, data, torch.device("cpu"))
         if toy:
             model.save_pretrained(new / "base")
+        model = model.float()
         for name in [n.removesuffix(".lora_A") for n in first if n.endswith(".lora_A")]:
             A, B = (first[f"{name}.lora_{x}"] for x in "AB")
-            weight = model.get_submodule(name).weight
-            weight.copy_(weight.float() + c["alpha"] / c["r"] * B @ A)
+            model.get_submodule(name).weight.add_(c["alpha"] / c["r"] * B @ A)
         model.save_pretrained(new / "merged")
         tokenizer.save_pretrained(new / "merged")
     write_whole(folder, write)

@@ -176,8 +176,12 @@ def test_help_shows_the_header_and_every_default(name):
     out = script(name, "--help")
     header = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()[0]
     assert out.returncode == 0 and header in out.stdout and "default: runs/toy" in out.stdout
-    for flag in stage(name).DEFAULTS["paper"]:
-        assert f"--{flag.replace('_', '-')} " in out.stdout
+    text = " ".join(out.stdout.split())
+    for flag, paper in stage(name).DEFAULTS["paper"].items():
+        toy = stage(name).DEFAULTS["toy"][flag]
+        shown = [" ".join(map(str, v)) if isinstance(v, list) else v for v in (toy, paper)]
+        assert f"--{flag.replace('_', '-')} " in text, flag
+        assert f"(toy: {shown[0]}; paper: {shown[1]})" in text, flag
 
 
 def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):

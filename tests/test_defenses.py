@@ -1,10 +1,12 @@
 """Vaccine, RepNoise, Booster and random noise, each against its own formula."""
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stage
 
 from common import collate, toy_model
 
@@ -91,6 +93,24 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     total = s2.answer_loss(model, batch) - 0.3 * torch.log(sum(losses) / 4)
     assert close(grads(0.3, 0.0), torch.autograd.grad(total, w), 1e-4)
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
+
+
+def test_all_defences_run_to_the_table_and_the_picture(tiny_data, monkeypatch, capsys):
+    flags = ["--run", str(tiny_data), "--device", "cpu"]
+    stage2 = stage("02_finetune").main([*flags, "--pretrain-steps", "20", "--align-epochs", "1",
+                                        "--epochs", "2", "--snapshots", "2"])
+    assert set(stage2["finetuned"]) == {"sft", "vaccine", "repnoise", "booster"}
+    stage("03_random_perturb").main([*flags[:2], "--std", "0.1"])
+    stage("04_panacea").main([*flags, "--anchor-steps", "1"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rows = stage("05_evaluate").main([*flags, "--scale", "1", "--max-new-tokens", "3"])["rows"]
+    assert len({(r["model"], r["defense"], str(r["setting"])) for r in rows}) == len(rows) == 20
+    out = capsys.readouterr().out
+    assert "pip install matplotlib" in out and "finetuned booster" in out
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    stage("05_evaluate").draw(rows, tiny_data / "picture.png")
+    assert (tiny_data / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_mmd_is_zero_for_equal_samples_and_grows_with_distance(s2):

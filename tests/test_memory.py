@@ -88,7 +88,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(s2, s4, task):
 
 
 def test_vaccines_that_need_a_whole_batch_say_so(s2, tiny_data):
-    with pytest.raises(UserError, match="repnoise and vaccine need the whole batch"):
+    with pytest.raises(UserError, match="repnoise and vaccine must have"):
         s2.main(["--run", str(tiny_data), "--micro-batch-size", "4"])
 
 
@@ -128,7 +128,8 @@ def test_two_processes_give_the_result_of_one(s2, s4, tiny_data):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc-per-node", "2", "--", str(ROOT / f"{name}.py"), "--run",
                         str(tiny_data / "two"), "--device", "cpu", *extra], check=True,
-                       cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                       cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                       "CUDA_VISIBLE_DEVICES": ""},
                        capture_output=True)
     one, two = (common.Run(tiny_data / folder) for folder in ("one", "two"))
     for name, key in (("02_finetune.pt", "finetuned"), ("02_finetune.pt", "aligned"),
@@ -154,6 +155,10 @@ def test_spread_loads_a_checkpoint_through_device_map(tmp_path, data_dir):
                                   "--model", str(tmp_path / "model"), "--data-dir", str(data_dir)])
     model, _ = common.load_model(common.Run(tmp_path), data, common.pick_device("spread"))
     assert model.device.type in ("cpu", "cuda") and not any(p.is_meta for p in model.parameters())
+    with pytest.raises(UserError, match="--device spread is for models that fit no GPU"):
+        stage("01_data").main(["--run", str(tmp_path / "toy"), "--n-align", "20", "--n-test", "10"])
+        stage("02_finetune").main(["--run", str(tmp_path / "toy"), "--device", "spread",
+                                   "--defense", "sft"])
 
 
 def exported(folder):
@@ -165,7 +170,8 @@ def test_export_writes_adapters_and_merged_weights_without_training_again(s4, st
                                                                           monkeypatch):
     run, out = story[0], story[1]["04_panacea"]
     monkeypatch.setattr(s4, "algorithm", lambda *_: pytest.fail("trained again"))
-    s4.main(["--run", str(run), "--export", str(tmp_path / "new"), "--device", "cpu"])
+    s4.main(["--run", str(run), "--export", str(tmp_path / "new"), "--rho", str(
+        out["config"]["rho"])])
     files = exported(tmp_path / "new")
     assert {"adapter_config.json", "adapter_model.safetensors", "merged/model.safetensors",
             "base/model.safetensors", "without_eps/adapter_config.json",
@@ -181,8 +187,32 @@ def test_export_writes_adapters_and_merged_weights_without_training_again(s4, st
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new/merged")
     assert torch.allclose(merged(ids).logits, wanted, atol=1e-4)
     assert not torch.allclose(plain(ids).logits, wanted, atol=1e-2)
+    assert config["base_model_name_or_path"] == str((tmp_path / "new/base").resolve())
     with pytest.raises(UserError, match="is there already"):
         s4.main(["--run", str(run), "--export", str(tmp_path / "new")])
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError):  # another rho has to be trained
+        monkeypatch.setattr(s4, "algorithm", lambda *_: 1 / 0)
+        s4.main(["--run", str(run), "--export", str(tmp_path / "other"), "--rho", "9"])
+
+
+def test_merged_weights_keep_eps_on_a_bfloat16_checkpoint(s4, tmp_path, data_dir):
+    import transformers
+    checkpoint(tmp_path / "model", "Llama", torch.bfloat16)
+    run = common.Run(tmp_path / "run")
+    data = stage("01_data").main([*SMALL["01_data"], "--run", str(run.folder), "--task", "sst2",
+                                  "--model", str(tmp_path / "model"), "--data-dir", str(data_dir)])
+    model, _ = common.load_model(run, data, torch.device("cpu"))
+    w = s4.copy_of(s4.add_lora(model, ["q_proj"], 4, 4))
+    w = {name: torch.randn(x.shape) * 1e-2 for name, x in w.items()}  # below bfloat16's grid
+    common.export(tmp_path / "new", run, data, {"panacea": w}, {**data["config"], "r": 4,
+                                                                "alpha": 4})
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new/merged")
+    base, _ = common.load_model(run, data, torch.device("cpu"))
+    for name in [n.removesuffix(".lora_A") for n in w if n.endswith("A")]:
+        change = merged.get_submodule(name).weight - base.get_submodule(name).weight.float()
+        assert torch.allclose(change, w[f"{name}.lora_B"] @ w[f"{name}.lora_A"], rtol=1e-3,
+                              atol=1e-7)
 
 
 def test_peft_loads_the_export_to_the_same_logits(s4, story, tmp_path):

@@ -112,6 +112,9 @@ def test_layers_are_measured_and_checked_causally(story):
         assert row["norm_interval"][0] <= row["norm"] <= row["norm_interval"][1]
         assert {"hs", "fa"} == set(row["only"]) == set(row["without"])
     assert content["ends"]["all"]["hs"] < content["ends"]["none"]["hs"]
+    rows = rows_of(story)  # stages 5 and 6 measure the same
+    for end, model in (("all", "panacea"), ("none", "panacea_w")):
+        assert content["ends"][end] == {key: rows[model][key] for key in ("hs", "fa")}
     assert set(content["rank_correlation"]) == {"norm", "per_weight", "relative"}
 
 

@@ -67,6 +67,18 @@ def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
         assert set(answers[0]) == {"instruction", "output", "generator"} and len(answers) == 4
 
 
+def test_a_chat_model_skips_alignment_by_flag(tmp_path, data_dir):
+    checkpoint(tmp_path / "model", "Llama")
+    stage("01_data").main(["--run", str(tmp_path), *SMALL["01_data"], "--model",
+                           str(tmp_path / "model"), "--task", "sst2", "--data-dir",
+                           str(data_dir)])
+    out = stage("02_finetune").main(["--run", str(tmp_path), "--align-epochs", "0", "--epochs",
+                                     "1"])
+    aligned, finetuned = out["aligned"]["sft"], out["finetuned"]["sft"]
+    assert all(not x.any() for name, x in aligned.items() if name.endswith("lora_B"))
+    assert any(x.any() for name, x in finetuned.items() if name.endswith("lora_B"))
+
+
 def test_real_sets_are_disjoint_and_in_the_papers_format(tmp_path, data_dir):
     checkpoint(tmp_path / "model", "Llama")
     s1 = stage("01_data")
