@@ -21,7 +21,8 @@ The toy's judge is exact (it knows every recipe and every well-formed sentence).
 
 Reads:  RUN/01_data.pt ... RUN/04_panacea.pt
 Writes: RUN/05_evaluate.pt, RUN/results.json, RUN/05_evaluate.png (with matplotlib)
-Run:    python 05_evaluate.py            python 05_evaluate.py --aggregate runs/seed*
+Run:    python 05_evaluate.py                 half a minute for the toy
+        python 05_evaluate.py --aggregate runs/seed*
 """
 
 import json

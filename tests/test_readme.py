@@ -23,6 +23,13 @@ def test_every_command_in_the_readme_has_flags_that_exist():
         stage(name).get_args(flags)
 
 
+def test_the_sample_output_shows_the_defaults_and_no_gap_is_left():
+    c = stage("04_panacea").DEFAULTS["toy"]
+    assert f"panacea rho {c['rho']:g} lam {c['lam']:g} scale 1 " in TEXT
+    assert f"realign steps {c['anchor_steps']} " in TEXT
+    assert not re.search("@[A-Z]+@", TEXT)
+
+
 def rows_of(story):
     """{model: row} of the short story, at scale 1 and for plain fine-tuning."""
     results = json.loads((story[0] / "results.json").read_text())
