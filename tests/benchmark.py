@@ -135,7 +135,7 @@ def after_training(toy):
                   toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]),
               "anchored eps": lambda: toy.s4.anchored_perturbation(
                   toy.loss, params, itertools.repeat(draws), c["rho"], c["anchor"],
-                  c["anchor_steps"])}, 5), "a tenth of fine-tuning")
+                  c["anchor_steps"])}, 15), "a tenth of fine-tuning")
 
 
 def stories_model(vocab_size):
