@@ -37,12 +37,16 @@ class UserError(Exception):
 
 
 def run_stage(main):
-    """Call `main()` and turn a UserError into one line on stderr and exit code 2."""
+    """Call `main()`; a UserError or a full GPU is one line on stderr and exit code 2."""
     try:
         start_processes()
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; use --gradient-checkpointing or --micro-batch-size 2, or "
+              "in stage 5 a smaller --eval-batch-size", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted: this stage's artifact is as it was before; run it again",

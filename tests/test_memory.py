@@ -142,6 +142,15 @@ def test_two_processes_give_the_result_of_one(s2, s4, tiny_data):
             assert any(x[n].abs().max() > 2e-2 for n in x), (name, key)
 
 
+def test_a_full_gpu_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory, and three lines more")
+    with pytest.raises(SystemExit) as exit:
+        common.run_stage(main)
+    assert exit.value.code == 2
+    assert "--gradient-checkpointing" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_spread_without_accelerate_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install accelerate"):
