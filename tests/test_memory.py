@@ -76,7 +76,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(s2, s4, task):
             grads.append(rule(model, w, user, harmful, c)[0])
         return grads
     plain = all_rules()
-    calls, forward = [], type(model.model.layers[0]).forward
+    calls = []
     checkpoint_layers(model)
     layer = model.model.layers[0]
     inner = layer.forward.args[0]
@@ -84,7 +84,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(s2, s4, task):
                                                                         inner(*a, **k))[1],
                                    use_reentrant=False)
     assert all(close(x, y) for x, y in zip(plain, all_rules()))
-    assert forward is type(layer).forward and len(calls) > 2 * 3  # again in each backward pass
+    # eleven passes, each again going backward; but Vaccine's first stops above the first layer
+    assert len(calls) == 11 + 10
 
 
 def test_vaccines_that_need_a_whole_batch_say_so(s2, tiny_data):
@@ -164,8 +165,8 @@ def test_spread_loads_a_checkpoint_through_device_map(tmp_path, data_dir):
                                   "--model", str(tmp_path / "model"), "--data-dir", str(data_dir)])
     model, _ = common.load_model(common.Run(tmp_path), data, common.pick_device("spread"))
     assert model.device.type in ("cpu", "cuda") and not any(p.is_meta for p in model.parameters())
+    stage("01_data").main(["--run", str(tmp_path / "toy"), "--n-align", "20", "--n-test", "10"])
     with pytest.raises(UserError, match="--device spread is for models that fit no GPU"):
-        stage("01_data").main(["--run", str(tmp_path / "toy"), "--n-align", "20", "--n-test", "10"])
         stage("02_finetune").main(["--run", str(tmp_path / "toy"), "--device", "spread",
                                    "--defense", "sft"])
 
