@@ -110,17 +110,21 @@ def add_lora(model, targets, r, alpha):
 # Loss and gradient
 
 
-def answer_loss(model, batch):
-    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
+def answer_logits(model, batch):
+    """Logits (B*K, V) in float32 and the tokens they should predict (B*K,), -100 where none.
 
-    Logits are computed only from the first to the last position that predicts an answer token.
+    K: the positions from the first to the last that predict an answer token of any row.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
     keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1),               # (B*K, V)
-                           labels[:, keep].flatten(), ignore_index=-100)
+    return logits.float().flatten(0, 1), labels[:, keep].flatten()
+
+
+def answer_loss(model, batch):
+    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32."""
+    return F.cross_entropy(*answer_logits(model, batch), ignore_index=-100)
 
 
 def gradient(loss, w, batch):

@@ -96,17 +96,21 @@ def perturbed(w, eps):
                 x.copy_(old)
 
 
-def answer_loss(model, batch):
-    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
+def answer_logits(model, batch):
+    """Logits (B*K, V) in float32 and the tokens they should predict (B*K,), -100 where none.
 
-    Logits are computed only from the first to the last position that predicts an answer token.
+    K: the positions from the first to the last that predict an answer token of any row.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
     keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1),               # (B*K, V)
-                           labels[:, keep].flatten(), ignore_index=-100)
+    return logits.float().flatten(0, 1), labels[:, keep].flatten()
+
+
+def answer_loss(model, batch):
+    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32."""
+    return F.cross_entropy(*answer_logits(model, batch), ignore_index=-100)
 
 
 def gradient(loss, w, batch):
@@ -126,29 +130,46 @@ def global_norm(tensors):
 # Beyond the paper: the anchored perturbation
 
 
-def anchored_perturbation(loss, w, draws, rho, anchor, steps):
+def anchored_perturbation(objective, w, draws, rho, steps):
     """An eps with ||eps|| <= rho that climbs h - anchor * a - g, by projected gradient steps.
 
-    h, a and g are losses on fresh harmful, alignment and user batches. Steps shrink linearly and
-    add up to 2.5 radii: far enough to cross the ball, short enough at the end to settle.
+    Steps shrink linearly and add up to 2.5 radii: far enough to cross the ball, short enough at
+    the end to settle.
 
     Args:
-        draws: iterator of (harmful, alignment, user) batches. anchor: how much a unit of the
-            refusal loss a counts against a unit of h or g. steps: number of projected steps.
+        objective: batch -> scalar h - anchor * a - g that depends on w. draws: iterator of its
+            batches. steps: number of projected steps.
     Returns:
         eps, a list of new tensors shaped like w.
     """
     eps = [torch.zeros_like(x) for x in w]
     for k in range(steps):
-        harmful, alignment, user = next(draws)
         with perturbed(w, eps):
-            h, a, g = (gradient(loss, w, batch)[0] for batch in (harmful, alignment, user))
-        climb = [x - anchor * y - z for x, y, z in zip(h, a, g)]
+            climb, _ = gradient(objective, w, next(draws))
         length = 5 * rho * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
         shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
     return eps
+
+
+def three_sets(harmful, alignment, user, anchor):
+    """Rows of three sets, and the weight of each row's summed loss in h - anchor * a - g."""
+    rows, weights = [], []
+    for examples, weight in ((harmful, 1.0), (alignment, -anchor), (user, -1.0)):
+        tokens = sum(label != -100 for _, labels in examples for label in labels[1:])
+        rows += examples
+        weights += [weight / tokens] * len(examples)
+    return rows, weights
+
+
+def weighted_loss(model, batch):
+    """Sum of batch["weight"] (B,) times each row's summed cross-entropy; a scalar, float32.
+
+    With the weights of three_sets: h - anchor * a - g in one pass instead of three.
+    """
+    losses = F.cross_entropy(*answer_logits(model, batch), ignore_index=-100, reduction="none")
+    return batch["weight"] @ losses.view(len(batch["weight"]), -1).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,32 +292,37 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def controls(loss, w, attacked, panacea_w, endless, c):
+def controls(model, w, attacked, panacea_w, endless, batch_of, c):
     """The perturbations that Panacea is compared with; each starts from given weights.
 
     Args:
         attacked, panacea_w: weights after plain fine-tuning, and after Algorithm 1.
-        endless: (set name, batch size, seed) -> endless iterator of batches.
+        endless: (set name, batch size, seed) -> endless iterator of lists of examples.
+        batch_of: (examples[, rows per pass, weights of the rows]) -> batch.
     Returns:
         {"one_shot", "anchored", "anchored_from_panacea": eps, "realign": weights}.
     """
     params, size, seed = list(w.values()), c["batch_size"], c["seed"] + 1
-    half = max(1, size // 2)  # h pushes and g guards with half a batch, a leads with a full one
+    loss, half = partial(answer_loss, model), max(1, size // 2)
+    rows = c["micro_batch_size"] or max(size, c["harmful_batch_size"])  # as Algorithm 1 had
 
     def anchored(start):
         put(w, start)
         draws = zip(endless("harmful", half, seed), endless("alignment", size, seed),
-                    endless("finetune", half, seed))
-        return named(w, anchored_perturbation(loss, params, draws, c["rho"], c["anchor"],
-                                              c["anchor_steps"]))
+                    endless("finetune", half, seed))  # a leads, h pushes, g guards
+        mixed = (three_sets(*sets, c["anchor"]) for sets in draws)
+        eps = anchored_perturbation(partial(weighted_loss, model), params,
+                                    (batch_of(x, rows, weights) for x, weights in mixed),
+                                    c["rho"], c["anchor_steps"])
+        return named(w, eps)
     result = {}
     if c["anchor"]:
         result["anchored_from_panacea"] = anchored(panacea_w)
         result["anchored"] = anchored(attacked)
     put(w, attacked)
-    harmful = next(endless("harmful", c["harmful_batch_size"], c["seed"]))
+    harmful = batch_of(next(endless("harmful", c["harmful_batch_size"], c["seed"])))
     result["one_shot"] = named(w, perturbation(gradient(loss, params, harmful)[0], c["rho"]))
-    realign(loss, w, endless("alignment", size, seed), c["anchor_steps"], c)
+    realign(loss, w, map(batch_of, endless("alignment", size, seed)), c["anchor_steps"], c)
     result["realign"] = copy_of(w)
     return result
 
@@ -338,21 +364,21 @@ def algorithm(run, data, stage2, c, device):
     examples = {name: encode(tokenizer, data[name], c["max_length"])
                 for name in ("alignment", "harmful", "finetune")}
 
-    def batches(rows):
-        return (cut(x, tokenizer.pad_token_id, model.device, c["micro_batch_size"]) for x in rows)
-
     def endless(name, size, seed):
-        return batches(endless_batches(examples[name], size, seed))
+        return endless_batches(examples[name], size, seed)
 
-    loss = partial(answer_loss, model)
+    def batch_of(rows, size=c["micro_batch_size"], weights=None):
+        return cut(rows, tokenizer.pad_token_id, model.device, size, weights)
+
     seed_everything(c["seed"])
     put(w, stage2["aligned"]["sft"])
-    user = batches(epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"]))
-    eps, log = train(loss, w, user, endless("harmful", c["harmful_batch_size"], c["seed"]), steps,
-                     c)
+    user = epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"])
+    harmful = endless("harmful", c["harmful_batch_size"], c["seed"])
+    eps, log = train(partial(answer_loss, model), w, map(batch_of, user), map(batch_of, harmful),
+                     steps, c)
     result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
-    return {**result,
-            **controls(loss, w, stage2["finetuned"]["sft"], result["weights"], endless, c)}
+    return {**result, **controls(model, w, stage2["finetuned"]["sft"], result["weights"], endless,
+                                 batch_of, c)}
 
 
 def plus(w, eps):

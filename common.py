@@ -593,22 +593,30 @@ def collate(examples, pad_id, device):
             "labels": torch.tensor(labels, device=device)}
 
 
-def cut(examples, pad_id, device, micro_batch_size=0):
+def cut(examples, pad_id, device, micro_batch_size=0, weights=None):
     """A batch for `over_parts`: whole, or cut into micro-batches, this process's rows only.
 
+    Args:
+        weights: of each row, for a loss that is a weighted sum over rows; they go into the batch
+            as "weight" (B,).
     Returns:
         collate's dict; or [(share, dict)], share being the part's answer tokens over those of
-        the whole batch, so that the parts' mean losses add up to the mean loss of the whole.
+        the whole batch, so that the parts' mean losses add up to the mean loss of the whole (1,
+        and 0 for a process without rows, if there are weights).
     """
+    def made(part):
+        batch = collate([examples[i] for i in part], pad_id, device)
+        if weights:
+            batch["weight"] = torch.tensor([weights[i] for i in part], device=device)
+        return batch
     size = micro_batch_size or len(examples)
     if size >= len(examples) and processes() == 1:
-        return collate(examples, pad_id, device)
+        return made(range(len(examples)))
     tokens = [sum(label != -100 for label in labels[1:]) for _, labels in examples]
     mine = range(rank(), len(examples), processes())
-    parts = [mine[i:i + size] for i in range(0, len(mine), size)] or [[0]]
-    total = sum(tokens)
-    return [(sum(tokens[i] for i in part) / total if mine else 0.0,
-             collate([examples[i] for i in part], pad_id, device)) for part in parts]
+    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    return [(1.0 if weights else sum(tokens[i] for i in part) / sum(tokens), made(part))
+            for part in parts] or [(0.0, made([0]))]
 
 
 def over_parts(f, batch):

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (attach, collate, encode, epoch_batches, generate,  # noqa: E402
+from common import (attach, collate, cut, encode, epoch_batches, generate,  # noqa: E402
                     load_tokenizer, seed_everything, toy_model)
 
 STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
@@ -124,9 +125,12 @@ def after_training(toy):
     c = toy.c
     whole = c["epochs"] * math.ceil(c["n_finetune"] / c["batch_size"])
     tenth = list(epoch_batches(toy.examples["finetune"], c["batch_size"], 2, 0))[:whole // 10]
-    half = c["batch_size"] // 2
-    draws = [toy.batch(n, size) for n, size in (("harmful", half), ("alignment", c["batch_size"]),
-                                                ("finetune", half))]
+    size, half = c["batch_size"], c["batch_size"] // 2
+    rows, weights = toy.s4.three_sets(toy.examples["harmful"][:half],
+                                      toy.examples["alignment"][:size],
+                                      toy.examples["finetune"][:half], c["anchor"])
+    draws = (cut(rows, toy.tokenizer.pad_token_id, "cpu", weights=weights)
+             for _ in itertools.count())
     harmful, params = toy.batch("harmful", c["harmful_batch_size"]), list(toy.w.values())
     table(f"a tenth of fine-tuning ({len(tenth)} steps) = 1; the whole of the one-shot and of the "
           "anchored eps", rounds({
@@ -134,7 +138,7 @@ def after_training(toy):
               "one-shot eps": lambda: toy.s4.perturbation(
                   toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]),
               "anchored eps": lambda: toy.s4.anchored_perturbation(
-                  toy.loss, params, itertools.repeat(draws), c["rho"], c["anchor"],
+                  partial(toy.s4.weighted_loss, toy.model), params, draws, c["rho"],
                   c["anchor_steps"])}, 15), "a tenth of fine-tuning")
 
 

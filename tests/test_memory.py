@@ -58,6 +58,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(s4, task, size):
     assert all(in_parts[2][k] == pytest.approx(whole[2][k], abs=1e-5) for k in whole[2])
 
 
+@pytest.mark.parametrize("size", [0, 1, 4])
+def test_one_pass_over_three_sets_is_h_minus_anchor_a_minus_g(s4, task, size):
+    model, loss, w, user, harmful = task
+    alignment = user[4:] + harmful[:1]
+    grads = [s4.gradient(loss, w, collate(rows, 0, "cpu")) for rows in (harmful, alignment, user)]
+    wanted = [h - 2.5 * a - g for h, a, g in zip(*(grad for grad, _ in grads))]
+    rows, weights = s4.three_sets(harmful, alignment, user, 2.5)
+    joined, value = s4.gradient(lambda batch: s4.weighted_loss(model, batch), w,
+                                cut(rows, 0, "cpu", size, weights))
+    assert close(wanted, joined)
+    assert value == pytest.approx(grads[0][1] - 2.5 * grads[1][1] - grads[2][1], rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [0, 7, 9])
 def test_a_batch_that_fits_is_not_cut(task, size):
     assert isinstance(cut(task[3], 0, "cpu", size), dict)

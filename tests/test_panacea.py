@@ -145,6 +145,12 @@ def test_a_harmful_gradient_without_direction_is_an_error(s4, value):
         s4.perturbation([torch.full((3,), value)], 1.0)
 
 
+def objective(model, anchor):
+    """h - anchor * a - g of a triple of batches."""
+    return lambda sets: (model.loss(sets[0]) - anchor * model.loss(sets[1])
+                         - model.loss(sets[2]))
+
+
 def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
     model, w, user, harmful = net
     generator = torch.Generator().manual_seed(4)
@@ -152,7 +158,7 @@ def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
               torch.randint(0, 3, (6,), generator=generator))
     start = [x.detach().clone() for x in w]
     draws = itertools.repeat((harmful, anchor, user))
-    eps = s4.anchored_perturbation(model.loss, w, draws, 0.5, 3.0, 8)
+    eps = s4.anchored_perturbation(objective(model, 3.0), w, draws, 0.5, 8)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
     assert s4.global_norm(eps) <= 0.5 * (1 + 1e-9)
     before = model.loss(anchor).item()
@@ -164,7 +170,7 @@ def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
     model, w, user, harmful = net
     grad_h, grad_g = (s4.gradient(model.loss, w, b)[0] for b in (harmful, user))
     draws = itertools.repeat((harmful, harmful, user))
-    eps = s4.anchored_perturbation(model.loss, w, draws, 0.5, 0.25, 1)
+    eps = s4.anchored_perturbation(objective(model, 0.25), w, draws, 0.5, 1)
     wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)
     assert all(torch.allclose(x, y) for x, y in zip(eps, wanted))
 
