@@ -455,6 +455,10 @@ def build_sets(sources, config, asked, rng):
             "test_benign": test_benign}
 
 
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)

@@ -366,6 +366,10 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     return aligned, snapshots, log
 
 
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)

@@ -39,6 +39,10 @@ def unit(direction):
     return {name: z / norm for name, z in direction.items()}
 
 
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)

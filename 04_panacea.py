@@ -327,32 +327,6 @@ def controls(model, w, attacked, panacea_w, endless, batch_of, c):
     return result
 
 
-def get_args(argv=None):
-    """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    group = parser.add_argument_group("method")
-    size, positive = number(int, 1), number(float, 0)
-    add_flags(group, DEFAULTS, {
-        "rho": (positive, "rho, L2 norm of eps over the whole adapter"),
-        "lam": (positive, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
-        "harmful_batch_size": (size, "samples in the batch of h"),
-        "anchor": (positive, "weight of refusals against harm and task in the anchored eps; "
-                             "0 leaves the paper's eps alone"),
-        "anchor_steps": (size, "projected steps of the anchored eps"),
-    })
-    group = parser.add_argument_group("as in stage 2 unless given")
-    for name, kind, text in (("--epochs", size, "epochs over the user's data"),
-                             ("--micro-batch-size", number(int, 0), "rows per pass; 0: all")):
-        group.add_argument(name, type=kind, default=None, metavar="X", help=text)
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       default=None, help="keep no activations inside layers")
-    parser.add_argument("--export", type=Path, metavar="FOLDER",
-                        help="write w + eps there as a PEFT adapter, apart from it w and the "
-                             "anchored model, and merged weights; a 04_panacea.pt that no "
-                             "flag given contradicts is used as it is")
-    return parser.parse_args(argv)
-
-
 def algorithm(run, data, stage2, c, device):
     """Algorithm 1 and its controls; returns what 04_panacea.pt holds."""
     model, tokenizer = load_model(run, data, device)
@@ -384,6 +358,36 @@ def algorithm(run, data, stage2, c, device):
 def plus(w, eps):
     """w + eps, for dicts of tensors."""
     return {name: w[name] + eps[name] for name in w}
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def get_args(argv=None):
+    """Flags of this stage."""
+    parser = stage_parser(__doc__)
+    group = parser.add_argument_group("method")
+    size, positive = number(int, 1), number(float, 0)
+    add_flags(group, DEFAULTS, {
+        "rho": (positive, "rho, L2 norm of eps over the whole adapter"),
+        "lam": (positive, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
+        "harmful_batch_size": (size, "samples in the batch of h"),
+        "anchor": (positive, "weight of refusals against harm and task in the anchored eps; "
+                             "0 leaves the paper's eps alone"),
+        "anchor_steps": (size, "projected steps of the anchored eps"),
+    })
+    group = parser.add_argument_group("as in stage 2 unless given")
+    for name, kind, text in (("--epochs", size, "epochs over the user's data"),
+                             ("--micro-batch-size", number(int, 0), "rows per pass; 0: all")):
+        group.add_argument(name, type=kind, default=None, metavar="X", help=text)
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       default=None, help="keep no activations inside layers")
+    parser.add_argument("--export", type=Path, metavar="FOLDER",
+                        help="write w + eps there as a PEFT adapter, apart from it w and the "
+                             "anchored model, and merged weights; a 04_panacea.pt that no "
+                             "flag given contradicts is used as it is")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -379,25 +379,6 @@ def print_summary(group):
         print(f"{label(row):42} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
 
 
-def get_args(argv=None):
-    """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    group = parser.add_argument_group("evaluation")
-    add_flags(group, DEFAULTS, {
-        "judge": (str, "toy, keyword, or a classifier's hub id or folder"),
-        "scale": (number(float, 0), "multiples of eps at which Panacea is measured"),
-        "max_new_tokens": (number(int, 1), "longest answer"),
-        "eval_batch_size": (number(int, 1), "prompts answered at a time"),
-    })
-    group.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL",
-                       help=f"rows to measure: {', '.join(MODELS)} (default: all)")
-    group.add_argument("--show-text", action="store_true",
-                       help="print a few prompts with every model's answer (may be harmful)")
-    group.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR",
-                       help="only summarise the results.json of these runs over seeds")
-    return parser.parse_args(argv)
-
-
 def place(log, model, setting):
     """{"at_step", "harmful_loss"} of an aligned or fine-tuned model, from stage 2's log."""
     losses = {entry["step"]: entry["h"] for entry in log if "h" in entry}
@@ -447,6 +428,29 @@ def measure(run, args):
     print(f"{run.folder / 'results.json'} written; next: python 06_layer_analysis.py "
           f"--run {run.folder}")
     return artifact
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def get_args(argv=None):
+    """Flags of this stage."""
+    parser = stage_parser(__doc__)
+    group = parser.add_argument_group("evaluation")
+    add_flags(group, DEFAULTS, {
+        "judge": (str, "toy, keyword, or a classifier's hub id or folder"),
+        "scale": (number(float, 0), "multiples of eps at which Panacea is measured"),
+        "max_new_tokens": (number(int, 1), "longest answer"),
+        "eval_batch_size": (number(int, 1), "prompts answered at a time"),
+    })
+    group.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL",
+                       help=f"rows to measure: {', '.join(MODELS)} (default: all)")
+    group.add_argument("--show-text", action="store_true",
+                       help="print a few prompts with every model's answer (may be harmful)")
+    group.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR",
+                       help="only summarise the results.json of these runs over seeds")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -181,6 +181,10 @@ def draw(rows, ends, path):
     save_figure(figure, path)
 
 
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
