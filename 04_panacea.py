@@ -384,9 +384,9 @@ def get_args(argv=None):
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                        default=None, help="keep no activations inside layers")
     parser.add_argument("--export", type=Path, metavar="FOLDER",
-                        help="write w + eps there as a PEFT adapter, apart from it w and the "
-                             "anchored model, and merged weights; a 04_panacea.pt that no "
-                             "flag given contradicts is used as it is")
+                        help="write w + eps there as a PEFT adapter; in subfolders w alone, the "
+                             "anchored model and merged weights. Nothing is trained again if "
+                             "04_panacea.pt fits the flags given")
     return parser.parse_args(argv)
 
 

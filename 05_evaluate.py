@@ -247,17 +247,20 @@ def draw(rows, path):
                   yerr=[row.get(f"{key}_sd", 0) for row in shown], error_kw={"lw": 0.6})
     story.set_xticks(range(len(shown)), names, rotation=35, ha="right")
     story.set(title="The story" + (", mean and sd over seeds" if "n_seeds" in rows[0] else ""),
-              ylabel="%", ylim=(0, 140))
+              ylabel="%", ylim=(0, 140), yticks=range(0, 101, 20))
     story.legend(fontsize=8, loc="upper center", ncol=4)
     for defense, points in falls(rows).items():
-        fall.plot([max(s, 1) for s, _, _ in points], [hs for _, _, hs in points], "o-",
+        fall.plot([step for step, _, _ in points], [hs for _, _, hs in points], "o-",
                   label=defense)
-    fall.set(title="Vaccines break", xlabel="fine-tuning step (1: aligned)",
-             ylabel="harmful score, %", xscale="log")
+    fall.set(title="Vaccines break", xlabel="fine-tuning step (0: aligned)",
+             ylabel="harmful score, %", xscale="symlog")
+    steps = sorted({step for points in falls(rows).values() for step, _, _ in points})
+    fall.set_xticks(steps, steps)
     fall.legend()
     for name, points in frontier(rows).items():
         front.plot([hs for _, hs, _ in points], [fa or 0 for _, _, fa in points], "o-", label=name)
-    front.set(title="Noise against Panacea, growing in strength", xlabel="harmful score, %",
+    front.set(title="Noise against Panacea, growing in strength",
+              xlabel="harmful score, %: falling from left to right",
               ylabel="task accuracy, %", xlim=(105, -5))
     front.legend()
     save_figure(figure, path)

@@ -241,7 +241,9 @@ class Run:
         path = self.folder / name
         again = f"run: python {stage_of(name)} --run {self.folder}"
         if not path.is_file():
-            raise UserError(f"{path} is missing; {again}")
+            others = sorted(str(p.parent) for p in self.folder.parent.glob("*/01_data.pt"))
+            hint = f" (there is {', '.join(others)})" if others and not self.folder.is_dir() else ""
+            raise UserError(f"{path} is missing{hint}; {again}")
         digest = sha256(path)
         try:
             artifact = torch.load(path, map_location="cpu", weights_only=True)

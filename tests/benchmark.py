@@ -3,7 +3,8 @@
 What a training step of each method costs (plain fine-tuning = 1), what batching saves when
 answering, what a step costs with transformers' Trainer and peft instead (only if peft is
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
-`--story` instead times the six stages of the default run.
+`--story` instead times the six stages of the default run; `--memory-7b` measures layers of a
+Llama-2-7B with random weights, and says what all 32 would take.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
 is the median of several rounds in turn, [with its range].
@@ -22,8 +23,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (attach, collate, cut, encode, epoch_batches, generate,  # noqa: E402
-                    load_tokenizer, seed_everything, toy_model)
+from common import (attach, checkpoint_layers, collate, cut, encode,  # noqa: E402
+                    epoch_batches, generate, load_tokenizer, seed_everything, toy_model)
 
 STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
           "06_layer_analysis")
@@ -240,6 +241,49 @@ def scaling(toy):
           + f"   answering time ^{exponent(counts, middle):.2f}")
 
 
+def seven_billion():
+    """Peak memory of the paper's setting, extrapolated from one and two layers of Llama-2-7B.
+
+    Random bfloat16 weights, batches of 10 x 256 tokens (half of them answers), LoRA of rank 32 on
+    q, k and v, gradient checkpointing; one step of plain fine-tuning and one of Panacea. What a
+    step holds beyond the weights is a + b * layers; w and AdamW's two moments (which only the
+    second step meets) are added.
+    """
+    import torch
+    import transformers
+    s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
+    c = {**s2.DEFAULTS["paper"], **s4.DEFAULTS["paper"]}
+    ids = torch.randint(4, 32000, (c["batch_size"], 256))
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(256) < 128, -100, ids)}
+    held = {"plain fine-tuning": [], "Panacea": []}
+    for layers in (1, 2):
+        config = transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
+            num_attention_heads=32, max_position_embeddings=4096)
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        w = s4.add_lora(model, c["targets"], c["r"], c["alpha"])
+        checkpoint_layers(model)
+        loss, params = partial(s4.answer_loss, model), list(w.values())
+
+        def plain():
+            optimizer = torch.optim.AdamW(params, lr=c["lr"], fused=True)
+            for p, grad in zip(params, s4.gradient(loss, params, batch)[0]):
+                p.grad = grad
+            optimizer.step()
+        for name, job in (("plain fine-tuning", plain), ("Panacea", lambda: s4.train(
+                loss, w, [batch], itertools.repeat(batch), 1, c))):
+            held[name].append(peak_bytes(job) + 3 * sum(4 * p.numel() for p in params))
+            for p in params:
+                p.grad = None
+            print(f"  {layers} layer{'s'[:layers - 1]}, {name:18} {held[name][-1] / 1e9:6.2f} GB "
+                  "beyond the weights", flush=True)
+    weights = 2 * 6.738e9 / 1e9  # Llama-2-7B's weights, two bytes each
+    for name, (one, two) in held.items():
+        more = (one + 31 * (two - one)) / 1e9
+        print(f"  32 layers, {name}: {weights:.1f} GB of weights + {more:.1f} = "
+              f"{weights + more:.1f} GB")
+
+
 def story():
     """Seconds of each stage of the default run, each in a process of its own."""
     total = 0.0
@@ -255,11 +299,14 @@ def story():
 
 
 def main(argv=None):
-    """Run all comparisons, or time the story."""
+    """Run all comparisons, or one of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--story", action="store_true", help="time the stages of the default run")
-    if parser.parse_args(argv).story:
-        return story()
+    parser.add_argument("--memory-7b", action="store_true",
+                        help="the memory of Llama-2-7B, from one and two of its layers")
+    args = parser.parse_args(argv)
+    if args.story or args.memory_7b:
+        return story() if args.story else seven_billion()
     toy = Toy()
     for part in (steps, after_training, answering, trainer, scaling):
         part(toy)

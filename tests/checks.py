@@ -20,7 +20,8 @@ def check_perturbation(fn):
         "eps shares memory with the gradient; the next backward pass would overwrite it"
     norm = torch.sqrt(sum(e.pow(2).sum() for e in eps)).item()
     assert abs(norm - 0.5) < 1e-6, \
-        f"||eps|| over ALL tensors must be rho = 0.5, found {norm:.4f}: one global norm, applied"
+        f"||eps|| over ALL tensors must be rho = 0.5, found {norm:.4f}: " \
+        "one norm for all tensors together"
     wanted = [torch.tensor([0.3, 0.0]), torch.tensor([[0.0, 0.4]])]
     assert torch.dot(torch.cat([e.flatten() for e in eps]),
                      torch.cat([x.flatten() for x in wanted])) > 0, \
@@ -199,5 +200,6 @@ def check_silent_bug(letter):
     """The letter of the bug in tests/silent_bug.py."""
     import hashlib
     digest = hashlib.sha256(f"panacea {letter}".encode()).hexdigest()
-    assert digest.startswith("059d18eb35eb"), \
-        f"not {letter!r}: compare each step's h with the step before, and eps_norm with rho = 0.3"
+    assert digest.startswith("059d18eb35eb"), (
+        f"not {letter!r}: compare each step's h with h_eps of the step before, "
+        "and eps_norm with rho = 0.3")
