@@ -275,7 +275,7 @@ def seven_billion():
             held[name].append(peak_bytes(job) + 3 * sum(4 * p.numel() for p in params))
             for p in params:
                 p.grad = None
-            print(f"  {layers} layer{'s'[:layers - 1]}, {name:18} {held[name][-1] / 1e9:6.2f} GB "
+            print(f"  layers: {layers}, {name:18} {held[name][-1] / 1e9:6.2f} GB "
                   "beyond the weights", flush=True)
     weights = 2 * 6.738e9 / 1e9  # Llama-2-7B's weights, two bytes each
     for name, (one, two) in held.items():

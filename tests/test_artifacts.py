@@ -190,3 +190,13 @@ def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
     out = script("04_panacea", "--run", tmp_path)
     assert out.returncode == 2 and "Traceback" not in out.stderr
     assert len(out.stderr.splitlines()) == 1
+
+
+def test_a_misspelt_run_is_told_which_runs_there_are(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "01_data.pt").touch()
+    with pytest.raises(UserError, match="missing .there is .*toy.; run: python 01_data.py"):
+        Run(tmp_path / "tyo").load("01_data.pt")
+    (tmp_path / "tyo").mkdir()  # a run that has only just begun needs no hint
+    with pytest.raises(UserError, match="01_data.pt is missing; run"):
+        Run(tmp_path / "tyo").load("01_data.pt")
