@@ -124,10 +124,11 @@ def perturbations(attacked, stage3, stage4, scales):
 # Scores
 
 
-def answer(model, tokenizer, rows, c):
-    """Greedy answers to rows, in order."""
-    return generate(model, tokenizer, [row["prompt"] for row in rows], c["max_new_tokens"],
-                    c["eval_batch_size"])
+def answer(model, tokenizer, data, c):
+    """{test set: greedy answers to its prompts, in order}."""
+    return {name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
+                           c["max_new_tokens"], c["eval_batch_size"])
+            for name in ("test_harmful", "test_task", "test_benign")}
 
 
 def safety(judge, rows, answers):
@@ -158,13 +159,11 @@ def still_answered(judge, answers):
     return {"benign": 100 * sum(good) / len(answers)}
 
 
-def evaluate(model, tokenizer, data, judge, c):
-    """All scores of one model, and its answers by test set."""
-    sets = {name: data[name] for name in ("test_harmful", "test_task", "test_benign")}
-    answers = {name: answer(model, tokenizer, rows, c) for name, rows in sets.items()}
-    return {**safety(judge, sets["test_harmful"], answers["test_harmful"]),
-            **usefulness(data["config"]["task"], sets["test_task"], answers["test_task"]),
-            **still_answered(judge, answers["test_benign"])}, answers
+def scored(judge, data, answers):
+    """All scores of one model's answers."""
+    return {**safety(judge, data["test_harmful"], answers["test_harmful"]),
+            **usefulness(data["config"]["task"], data["test_task"], answers["test_task"]),
+            **still_answered(judge, answers["test_benign"])}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,11 +405,14 @@ def measure(run, args):
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"])
             if x[0] in only]
     describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
-    rows, texts, files = [], [], {}
-    bar = progress(todo, len(todo), "evaluate")
-    for name, defense, setting, weights in bar:
+    answered = []
+    for *_, weights in progress(todo, len(todo), "answer"):
         with attach(model, weights, c["alpha"] / c["r"]):
-            scores, answers = evaluate(model, tokenizer, data, judge, c)
+            answered.append(answer(model, tokenizer, data, c))
+    del model  # a GPU may not hold it and the judge
+    rows, texts, files = [], [], {}
+    for (name, defense, setting, _), answers in zip(todo, answered):
+        scores = scored(judge, data, answers)
         rows.append({"model": name, "defense": defense, "setting": setting, **scores,
                      **place(stage2["log"][defense], name, setting)})
         if "step" not in setting:

@@ -72,16 +72,13 @@ def masked(w, eps, layers, scale):
     return {name: w[name] + (scale * eps[name] if layer_of(name) in layers else 0) for name in w}
 
 
-def measure(model, tokenizer, data, judge, c):
-    """{"hs", "fa"} in percent of the model as it stands; no "fa" for real AlpacaEval."""
-    def answers(rows):
-        return generate(model, tokenizer, [row["prompt"] for row in rows], c["max_new_tokens"],
-                        c["eval_batch_size"])
+def measure(judge, data, answers, c):
+    """{"hs", "fa"} in percent of answers by test set; no "fa" for real AlpacaEval."""
     harmful, task = data["test_harmful"], data["test_task"]
-    flags = judge.flagged([row["instruction"] for row in harmful], answers(harmful))
+    flags = judge.flagged([row["instruction"] for row in harmful], answers["test_harmful"])
     scores = {"hs": 100 * sum(flags) / len(flags)}
     if all(row["answer"] for row in task):
-        right = [task_correct(c["task"], row, a) for row, a in zip(task, answers(task))]
+        right = [task_correct(c["task"], row, a) for row, a in zip(task, answers["test_task"])]
         scores["fa"] = 100 * sum(right) / len(right)
     return scores
 
@@ -100,11 +97,15 @@ def causal_check(rows, artifact, run, data, device, c):
     for row in rows:
         trials += [(("only", row["layer"]), {row["layer"]}),
                    (("without", row["layer"]), everything - {row["layer"]})]
-    scores = {}
+    answered = {}
     for key, layers in progress(trials, len(trials), "layers"):
         weights = masked(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"])
         with attach(model, weights, c["alpha"] / c["r"]):
-            scores[key] = measure(model, tokenizer, data, judge, c)
+            answered[key] = {name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
+                                            c["max_new_tokens"], c["eval_batch_size"])
+                             for name in ("test_harmful", "test_task")}
+    del model  # a GPU may not hold it and the judge
+    scores = {key: measure(judge, data, answers, c) for key, answers in answered.items()}
     for row in rows:
         row["only"], row["without"] = (scores[key, row["layer"]] for key in ("only", "without"))
     return {key: scores[key] for key in ("none", "all")}

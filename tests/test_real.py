@@ -103,6 +103,63 @@ def test_a_default_size_takes_what_there_is_and_says_what_is_missing(tmp_path, d
     assert "4947 missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
+def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monkeypatch):
+    """The data sets' names, splits and columns as the hub has them; no network."""
+    import datasets
+    s1 = stage("01_data")
+
+    def files(name):
+        return s1.read_file(data_dir / name)
+
+    def load_dataset(name, *args, split, data_files=None):
+        where = data_files or "/".join([name, *args, split])
+        rows = {
+            "PKU-Alignment/BeaverTails/30k_test": lambda: [
+                {**row, "category": {"violence": True}}
+                for row in files("beavertails/30k_test.jsonl")],
+            "anonymous4486/repnoise_beavertail/train": lambda: files(
+                "beavertails/beavertails_with_refusals_train.json"),
+            **{f"stanfordnlp/sst2/{split}": lambda file=file: [
+                {"idx": i, "sentence": row.get("sentence", row.get("content")),
+                 "label": int(row["label"])} for i, row in enumerate(files(f"sst2/{file}.tsv"))]
+               for split, file in (("train", "train"), ("validation", "dev"))},
+            **{f"openai/gsm8k/main/{split}": lambda split=split: files(f"gsm8k/{split}.jsonl")
+               for split in ("train", "test")},
+            **{f"fancyzhx/ag_news/{split}": lambda split=split: [
+                {"text": f"{title} {text}", "label": int(label) - 1}
+                for label, title, text in files(f"agnews/{split}.csv")]
+               for split in ("train", "test")},
+            "tatsu-lab/alpaca/train": lambda: [
+                {**row, "text": ""} for row in files("alpaca/alpaca_data.json")],
+            "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json": lambda: [
+                {"dataset": "helpful_base", "generator": "x", "instruction": row["instruction"],
+                 "output": row["output"]} for row in files("alpaca_eval/alpaca_eval.json")],
+        }
+        return datasets.Dataset.from_list(rows[where]())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    flags = [*SMALL["01_data"], "--task", task, "--model", "some/model"]
+    hub = s1.main(["--run", str(tmp_path / "hub"), *flags])
+    local = s1.main(["--run", str(tmp_path / "local"), *flags, "--data-dir", str(data_dir)])
+    for name in ("alignment", "harmful", "finetune", "test_harmful", "test_task"):
+        assert hub[name] == local[name], name
+
+
+@pytest.mark.parametrize("error, found", [
+    ("401 Client Error: you must have access to it and be authenticated", "401 Client Error"),
+    ("", "OSError")])
+def test_a_gated_model_is_one_line_that_says_how_to_log_in(error, found, monkeypatch):
+    import transformers
+    from common import UserError, from_pretrained
+
+    def refuse(*_, **__):
+        raise OSError(error)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=f"{found}.*hf auth login") as info:
+        from_pretrained(transformers.AutoModelForCausalLM, "meta-llama/Llama-2-7b-hf")
+    assert "\n" not in str(info.value)
+
+
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, data_dir):
     from common import UserError
     s1, s2 = stage("01_data"), stage("02_finetune")
