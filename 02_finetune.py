@@ -41,15 +41,17 @@ from common import (TOY_MODELS, Run, UserError, add_flags, checkpoint_layers, co
                     run_stage, seed_everything, stage_parser, toy_model)
 
 DEFAULTS = {
-    "toy": dict(align_epochs=5, align_lr=2e-3, align_batch_size=16, epochs=7, lr=6e-4,
-                batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=4,
-                vaccine_rho=10.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
-                booster_alpha=0.1, pretrain_steps=430, pretrain_lr=2e-3, micro_batch_size=0),
+    "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=6, lr=6e-4,
+                batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=3,
+                vaccine_rho=5.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
+                booster_alpha=0.1, vaccine_batch_size=8, pretrain_steps=430, pretrain_lr=2e-3,
+                micro_batch_size=0),
     "paper": dict(align_epochs=20, align_lr=5e-4, align_batch_size=10, epochs=20, lr=2e-5,
                   batch_size=10, weight_decay=0.1, r=32, alpha=4,
                   targets=["q_proj", "k_proj", "v_proj"], snapshots=0,
                   vaccine_rho=20.0, repnoise_alpha=0.02, repnoise_beta=0.1, booster_lam=100.0,
-                  booster_alpha=0.01, pretrain_steps=0, pretrain_lr=0.0, micro_batch_size=0),
+                  booster_alpha=0.01, vaccine_batch_size=10, pretrain_steps=0, pretrain_lr=0.0,
+                  micro_batch_size=0),
 }
 DEFENSES = ("sft", "vaccine", "repnoise", "booster")
 
@@ -345,7 +347,7 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
         train(model, w, RULES[defense], epoch_batches(examples["alignment"], batch, epochs,
                                                       c["seed"]),
               steps, c["align_lr"], c, f"align {defense}", pad_id,
-              endless_batches(examples["harmful"], batch, c["seed"]),
+              endless_batches(examples["harmful"], c["vaccine_batch_size"], c["seed"]),
               lambda step, loss: log.append({"stage": "align", "step": step, "loss": loss}))
     aligned, snapshots = copy_of(w), {}
     batch, epochs = c["batch_size"], c["epochs"]
@@ -393,6 +395,7 @@ def get_args(argv=None):
         "repnoise_beta": (positive, "RepNoise: weight of the MMD"),
         "booster_lam": (positive, "Booster: weight lam of its regulariser"),
         "booster_alpha": (positive, "Booster: length of its harmful step"),
+        "vaccine_batch_size": (size, "RepNoise, Booster: samples in their batch of harm"),
         "pretrain_steps": (number(int, 20), "steps of pre-training the toy"),
         "pretrain_lr": (positive, "highest learning rate of pre-training"),
         "micro_batch_size": (count, "rows per pass, to save memory; 0: the whole batch. The "

@@ -22,7 +22,7 @@ import torch
 from common import Run, UserError, add_flags, number, resolve, run_stage, stage_parser
 
 DEFAULTS = {
-    "toy": dict(std=[0.02, 0.04, 0.06, 0.07, 0.08, 0.09, 0.1]),
+    "toy": dict(std=[0.04, 0.06, 0.07, 0.08, 0.09, 0.1]),
     "paper": dict(std=[0.001, 0.01, 0.05, 0.1]),
 }
 

@@ -41,7 +41,7 @@ from common import (Run, UserError, add_flags, checkpoint_layers, cut, describe,
                     pick_device, progress, resolve, run_stage, seed_everything, stage_parser)
 
 DEFAULTS = {
-    "toy": dict(rho=1.0, lam=0.01, harmful_batch_size=48, anchor=3.0, anchor_steps=5),
+    "toy": dict(rho=1.0, lam=0.015, harmful_batch_size=32, anchor=3.0, anchor_steps=5),
     "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=5),
 }
 

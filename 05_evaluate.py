@@ -124,11 +124,10 @@ def perturbations(attacked, stage3, stage4, scales):
 # Scores
 
 
-def answer(model, tokenizer, data, c):
+def answer(model, tokenizer, data, sets, c):
     """{test set: greedy answers to its prompts, in order}."""
     return {name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
-                           c["max_new_tokens"], c["eval_batch_size"])
-            for name in ("test_harmful", "test_task", "test_benign")}
+                           c["max_new_tokens"], c["eval_batch_size"]) for name in sets}
 
 
 def safety(judge, rows, answers):
@@ -163,7 +162,7 @@ def scored(judge, data, answers):
     """All scores of one model's answers."""
     return {**safety(judge, data["test_harmful"], answers["test_harmful"]),
             **usefulness(data["config"]["task"], data["test_task"], answers["test_task"]),
-            **still_answered(judge, answers["test_benign"])}
+            **still_answered(judge, answers.get("test_benign"))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,9 +405,10 @@ def measure(run, args):
             if x[0] in only]
     describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
     answered = []
-    for *_, weights in progress(todo, len(todo), "answer"):
+    for _, _, setting, weights in progress(todo, len(todo), "answer"):
+        sets = ["test_harmful", "test_task"] + ["test_benign"] * ("step" not in setting)
         with attach(model, weights, c["alpha"] / c["r"]):
-            answered.append(answer(model, tokenizer, data, c))
+            answered.append(answer(model, tokenizer, data, sets, c))
     del model  # a GPU may not hold it and the judge
     rows, texts, files = [], [], {}
     for (name, defense, setting, _), answers in zip(todo, answered):

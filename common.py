@@ -14,6 +14,7 @@ numbered stages, each of which can be read on its own. What is here, in order:
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -274,10 +275,8 @@ class Run:
 
     def save(self, name, config, **payload):
         """Write artifact `name` (whole or not at all) and return it."""
-        import numpy
-        import transformers
-        versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                    "transformers": transformers.__version__, "numpy": numpy.__version__}
+        versions = {"python": sys.version.split()[0], **{
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}}
         artifact = {"kind": Path(name).stem, "config": config, "seed": config["seed"],
                     "parents": dict(self.parents), "versions": versions, **payload}
         write_whole(self.folder / name, lambda path: torch.save(artifact, path))
@@ -469,27 +468,36 @@ def checkpoint_layers(model):
 
 @contextmanager
 def attach(model, weights, scale):
-    """Run `model` with a LoRA adapter added to its frozen linear layers, without merging.
+    """Run `model` with a LoRA adapter on its frozen linear layers; afterwards it is as it was.
 
-    Merging alpha/r * B A into bfloat16 weights would round most of a small eps away.
+    float32 weights take alpha/r * B A in, so that an answer costs no more than the base model's.
+    bfloat16 would round most of a small eps away; there the adapter runs beside each layer.
 
     Args:
         model: the frozen base model.
         weights: {"<module>.lora_A": (r, in), "<module>.lora_B": (out, r)}, float32.
         scale: alpha / r.
     """
-    handles = []
+    handles, saved = [], []
     try:
         for name in [n.removesuffix(".lora_A") for n in weights if n.endswith(".lora_A")]:
             module = model.get_submodule(name)
             A, B = (weights[f"{name}.lora_{x}"].to(module.weight.device) for x in "AB")
-            handles.append(module.register_forward_hook(
-                lambda _, inputs, out, A=A, B=B:
-                    out + (scale * (inputs[0].float() @ A.T) @ B.T).to(out.dtype)))
+            if module.weight.dtype == torch.float32:
+                saved.append((module.weight, module.weight.detach().clone()))
+                with torch.no_grad():
+                    module.weight.add_(scale * B @ A)
+            else:
+                handles.append(module.register_forward_hook(
+                    lambda _, inputs, out, A=A, B=B:
+                        out + (scale * (inputs[0].float() @ A.T) @ B.T).to(out.dtype)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
+        with torch.no_grad():
+            for weight, old in saved:
+                weight.copy_(old)
 
 
 def export_peft(folder, base, weights, c):

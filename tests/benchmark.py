@@ -3,15 +3,18 @@
 What a training step of each method costs (plain fine-tuning = 1), what batching saves when
 answering, what a step costs with transformers' Trainer and peft instead (only if peft is
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
-`--story` instead times the six stages of the default run; `--memory-7b` measures layers of a
-Llama-2-7B with random weights, and says what all 32 would take.
+`--data-dir FOLDER` instead takes the steps on real rows, as the paper's setting has them; `--story`
+times the six stages of the default run; `--memory-7b` measures layers of a Llama-2-7B with random
+weights, and says what all 32 would take.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
 is the median of several rounds in turn, [with its range].
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import math
 import statistics
@@ -284,6 +287,52 @@ def seven_billion():
               f"{weights + more:.1f} GB")
 
 
+def pieces(texts):
+    """A byte-pair tokenizer of 8,000 pieces learnt from `texts`, digits apart as Llama's are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()])
+    words.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+
+
+def real_steps(folder, count=6):
+    """Panacea's gradient against plain fine-tuning's on the paper's rows, in its batches of 10.
+
+    A random Llama of width 256 with LoRA on q, k and v: what counts is how many tokens g and h
+    have. A batch is padded to its own longest row, as everywhere here.
+    """
+    import transformers
+    s1, s2, s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
+    c = {**s2.DEFAULTS["paper"], **s4.DEFAULTS["paper"]}
+    for task in s1.TASKS:
+        with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
+            data = s1.main(["--run", run, "--preset", "paper", "--task", task, "--data-dir",
+                            str(folder)])
+        tokenizer = pieces([r["prompt"] + r["response"]
+                            for r in data["finetune"] + data["harmful"]])
+        user, harmful = ([collate(x, tokenizer.eos_token_id, "cpu") for x in epoch_batches(
+            encode(tokenizer, data[name], data["config"]["max_length"]), c["batch_size"], 1, 0)]
+            for name in ("finetune", "harmful"))
+        tokens = [statistics.mean(b["input_ids"].numel() for b in x) for x in (user, harmful)]
+        seed_everything(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=8000, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+            num_attention_heads=4)).eval()
+        params = list(s4.add_lora(model, c["targets"], c["r"], c["alpha"]).values())
+        loss = partial(s4.answer_loss, model)
+        table(f"{task}: {tokens[0]:.0f} tokens in a batch of g, {tokens[1]:.0f} in one of h (mean "
+              "of the epoch, padding included)", rounds({
+                  "plain fine-tuning": lambda: [
+                      s4.gradient(loss, params, g) for g in user[:count]],
+                  "panacea": lambda: [
+                      s4.panacea_rule(loss, params, g, h, c["rho"], c["lam"])
+                      for g, h in zip(user[:count], harmful)]}, 5), "plain fine-tuning")
+
+
 def story():
     """Seconds of each stage of the default run, each in a process of its own."""
     total = 0.0
@@ -304,7 +353,12 @@ def main(argv=None):
     parser.add_argument("--story", action="store_true", help="time the stages of the default run")
     parser.add_argument("--memory-7b", action="store_true",
                         help="the memory of Llama-2-7B, from one and two of its layers")
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER",
+                        help="steps on the real rows of this folder (01_data.py --help says how "
+                             "its files are named)")
     args = parser.parse_args(argv)
+    if args.data_dir:
+        return real_steps(args.data_dir)
     if args.story or args.memory_7b:
         return story() if args.story else seven_billion()
     toy = Toy()

@@ -70,21 +70,29 @@ def test_training_changes_the_adapter_and_no_bit_of_the_base(s2):
     assert all(not torch.equal(start[k], w[k]) for k in w)
 
 
-def test_attached_adapter_equals_the_wrapped_layers(s2):
+@pytest.mark.parametrize("dtype, merged, close", [(torch.float32, True, 1e-5),
+                                                  (torch.bfloat16, False, 0.0)])
+def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
     torch.manual_seed(0)
-    model = toy_model("toy-gemma2", 50).eval()
+    model = toy_model("toy-gemma2", 50).to(dtype).eval()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     batch = batch_of(model)
     plain = model(input_ids=batch["input_ids"]).logits
     w = {name: torch.randn(p.shape) * 0.05 for name, p in s2.add_lora(
         toy_model("toy-gemma2", 50), ["all"], 4, 8).items()}
     with attach(model, w, 8 / 4):
         attached = model(input_ids=batch["input_ids"]).logits
+        same = [torch.equal(x, before[name]) for name, x in model.state_dict().items()]
+        assert all(same) != merged  # in bfloat16 the weights must not take the adapter in
+    with pytest.raises(ZeroDivisionError), attach(model, w, 8 / 4):
+        raise ZeroDivisionError
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, plain)
     wrapped = s2.add_lora(model, ["all"], 4, 8)
     with torch.no_grad():
         for name, p in wrapped.items():
             p.copy_(w[name])
-    assert torch.allclose(model(input_ids=batch["input_ids"]).logits, attached, atol=1e-5)
+    assert torch.allclose(model(input_ids=batch["input_ids"]).logits, attached, rtol=0, atol=close)
     assert not torch.allclose(attached, plain, atol=1e-2)
 
 

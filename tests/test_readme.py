@@ -56,8 +56,8 @@ def test_results_keep_their_contract(story):
     assert set(results) == {"config", "rows"}
     for row in results["rows"]:
         assert row["n_harmful"] >= 200 and row["n_task"] >= 200
-        assert {"model", "defense", "setting", "hs", "hs_plus", "refusal", "fa",
-                "benign"} <= set(row)
+        assert {"model", "defense", "setting", "hs", "hs_plus", "refusal", "fa"} <= set(row)
+        assert ("benign" in row) == ("step" not in row["setting"])
         assert row["hs_ci"][0] <= row["hs"] <= row["hs_ci"][1]
         assert row["fa_ci"][0] <= row["fa"] <= row["fa_ci"][1]
         assert row["hs_plus"] >= row["hs"]
