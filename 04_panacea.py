@@ -22,7 +22,7 @@ Deviations from the released code: w is restored by copy (adding and subtracting
 in bfloat16); h(w + eps) is not clamped at 5 (above, that learns harm); w and eps are saved apart.
 
 Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
-Run:    python 04_panacea.py                  about a minute for the toy
+Run:    python 04_panacea.py                  under a minute for the toy
 """
 
 import argparse
