@@ -2,8 +2,8 @@
 
 The provider teaches the model to refuse harmful prompts. Then a user fine-tunes it on an ordinary
 task with a few harmful samples among the rest, and the refusals are gone. "Vaccines" change the
-first step so that the second does less harm (RepNoise's harmful loss starts far higher, say); it
-falls all the same within a few hundred steps (Fig. 3). Snapshots on the way let stage 5 draw that.
+first step so that the second does less harm (RepNoise's harmful loss starts far higher, say); the
+model breaks all the same within a few hundred steps (Fig. 3). Snapshots on the way let stage 5 draw that.
 
 The model is frozen; what is trained is a LoRA adapter w = {A, B} on its linear layers,
     y = W x + (alpha / r) B A x,
@@ -252,7 +252,7 @@ def train(model, w, rule, batches, steps, lr, c, label, pad_id, harmful=None, at
 
     Args:
         w: {name: parameter}. rule: one of the rules above. batches: iterator of example lists.
-        harmful: iterator of the provider's harmful example lists, if any (sft_rule ignores them).
+        harmful: iterator of the provider's harmful example lists, if any (for repnoise, booster).
         at_step: called with (step, loss) after each step, for logs and snapshots.
     Raises:
         UserError: the gradient is not finite.
@@ -291,7 +291,7 @@ def copy_of(w):
 
 
 def snapshot_steps(steps, count):
-    """`count` step numbers, each four times the one before: 1/64, 1/16, 1/4, 1 of the way."""
+    """`count` step numbers, each four times the one before; 3: 1/16, 1/4 and all of the way."""
     return sorted({max(1, round(steps / 4 ** k)) for k in range(count)})
 
 
@@ -389,13 +389,13 @@ def get_args(argv=None):
         "weight_decay": (positive, "AdamW's weight decay"),
         "r": (size, "LoRA rank"), "alpha": (positive, "LoRA alpha; the update is alpha/r * B A"),
         "targets": (str, "linear layers that get an adapter, or all"),
-        "snapshots": (count, "copies of w kept during fine-tuning, for Fig. 3"),
+        "snapshots": (count, "points of Fig. 3 after step 0, each four times the one before"),
         "vaccine_rho": (positive, "Vaccine: norm of the embedding drift"),
         "repnoise_alpha": (positive, "RepNoise: weight of -log of the harmful loss"),
         "repnoise_beta": (positive, "RepNoise: weight of the MMD"),
         "booster_lam": (positive, "Booster: weight lam of its regulariser"),
         "booster_alpha": (positive, "Booster: length of its harmful step"),
-        "vaccine_batch_size": (size, "RepNoise, Booster: samples in their batch of harm"),
+        "vaccine_batch_size": (size, "samples in alignment's batch of h (RepNoise, Booster)"),
         "pretrain_steps": (number(int, 20), "steps of pre-training the toy"),
         "pretrain_lr": (positive, "highest learning rate of pre-training"),
         "micro_batch_size": (count, "rows per pass, to save memory; 0: the whole batch. The "

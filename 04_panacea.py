@@ -375,7 +375,7 @@ def get_args(argv=None):
         "harmful_batch_size": (size, "samples in the batch of h"),
         "anchor": (positive, "weight of refusals against harm and task in the anchored eps; "
                              "0 leaves the paper's eps alone"),
-        "anchor_steps": (size, "projected steps of the anchored eps"),
+        "anchor_steps": (size, "projected steps of the anchored eps, and steps of realign"),
     })
     group = parser.add_argument_group("as in stage 2 unless given")
     for name, kind, text in (("--epochs", size, "epochs over the user's data"),

@@ -14,7 +14,7 @@ The rank correlation (Spearman) between size and causal effect says whether the 
 
 Reads:  RUN/01_data.pt, RUN/04_panacea.pt, RUN/05_evaluate.pt
 Writes: RUN/06_layer_analysis.pt, RUN/layers.json, RUN/06_layer_analysis.png (with matplotlib)
-Run:    python 06_layer_analysis.py
+Run:    python 06_layer_analysis.py           ten seconds for the toy
 """
 
 import argparse

@@ -354,8 +354,8 @@ def main(argv=None):
     parser.add_argument("--memory-7b", action="store_true",
                         help="the memory of Llama-2-7B, from one and two of its layers")
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER",
-                        help="steps on the real rows of this folder (01_data.py --help says how "
-                             "its files are named)")
+                        help="steps on the real rows of this folder (the README says how its "
+                             "files are named)")
     args = parser.parse_args(argv)
     if args.data_dir:
         return real_steps(args.data_dir)

@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STAGES = ["01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
           "06_layer_analysis"]
 
-# The toy, shortened: one defence, half the steps. Long enough for every sentence to show.
+# The toy, shortened: plain alignment only, an epoch less, two noises. Long enough for every
+# sentence but the vaccines'.
 SHORT = {
     "01_data": ["--seed", "100"],
     "02_finetune": ["--defense", "sft", "--pretrain-steps", "400", "--epochs", "5",

@@ -17,8 +17,8 @@ def definitions(name):
 
 def test_what_stages_2_and_4_share_is_the_same_code():
     two, four = definitions("02_finetune"), definitions("04_panacea")
-    same = {"LoRALinear", "add_lora", "answer_loss", "gradient", "global_norm", "perturbed",
-            "copy_of"}
+    same = {"LoRALinear", "add_lora", "answer_logits", "answer_loss", "gradient", "global_norm",
+            "perturbed", "copy_of"}
     assert same <= set(two) & set(four)
     for name in same:
         assert two[name] == four[name], f"{name} differs between 02_finetune.py and 04_panacea.py"

@@ -19,7 +19,8 @@ def test_every_command_in_the_readme_has_flags_that_exist():
     commands = readme_commands(TEXT.replace("\\\n", " "))
     assert len(commands) > 12
     for name, flags in commands:
-        flags = [f.replace("$s", "1").replace("$p", "0.1") for f in flags if f != "$R"]
+        for name_, value in (("$s", "1"), ("$p", "0.1"), ("$m", "toy-qwen2"), ("$t", "gsm8k")):
+            flags = [f.replace(name_, value) for f in flags if f != "$R"]
         stage(name).get_args(flags)
 
 

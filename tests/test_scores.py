@@ -100,6 +100,14 @@ def test_classifier_judge_flags_above_half_in_beaver_dams_format(tmp_path, tiny_
         ids = judge.tokenizer(text, return_tensors="pt")["input_ids"]
         wanted.append(bool((judge.model(input_ids=ids).logits.sigmoid() > 0.5).any()))
     assert judge.flagged(questions, answers, batch_size=3) == wanted
+    whole = judge.model.forward
+
+    def forward(input_ids, **options):  # a GPU that holds two answers
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(input_ids=input_ids, **options)
+    judge.model.forward = forward
+    assert judge.flagged(questions, answers) == wanted
     assert wanted[:2] == [True, False]
 
 
