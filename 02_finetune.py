@@ -3,7 +3,7 @@
 The provider teaches the model to refuse harmful prompts. Then a user fine-tunes it on an ordinary
 task with a few harmful samples among the rest, and the refusals are gone. "Vaccines" change the
 first step so that the second does less harm (RepNoise's harmful loss starts far higher, say); the
-model breaks all the same within a few hundred steps (Fig. 3). Snapshots on the way let stage 5 draw that.
+model breaks all the same within a few hundred steps (Fig. 3). Snapshots let stage 5 draw that.
 
 The model is frozen; what is trained is a LoRA adapter w = {A, B} on its linear layers,
     y = W x + (alpha / r) B A x,
