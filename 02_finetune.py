@@ -22,7 +22,7 @@ Deviation from the released code: it fine-tunes a NEW adapter after Vaccine and 
 continues the old one after SFT and Panacea; here all continue the same one.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base.pt as well)
-Run:    python 02_finetune.py                 a minute and a half for the toy
+Run:    python 02_finetune.py                 under two minutes for the toy
 """
 
 import argparse

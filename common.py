@@ -804,7 +804,7 @@ class ClassifierJudge(KeywordJudge):
         texts = [f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a}{self.tokenizer.eos_token}"
                  for q, a in zip(questions, answers)]
         if self.model.device != self.device:
-            gc.collect()  # what spread a model over GPUs refers to itself
+            gc.collect()  # a model spread over GPUs may hang in reference cycles
             torch.cuda.empty_cache()
             self.model.to(self.device)
 
