@@ -74,10 +74,12 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x):  # (B, T, in) -> (B, T, out)
-        """The frozen layer plus its low-rank update."""
-        y = self.base(x)
-        return y + (self.scale * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(y.dtype)
+    def forward(self, x):  # (..., in) -> (..., out)
+        """The frozen layer plus its low-rank update; addmm is y + scale * (x A^T) B^T at once."""
+        rows = x.flatten(0, -2)                                        # (N, in): a row per token
+        y = torch.addmm(self.base(rows).float(), rows.float() @ self.lora_A.T, self.lora_B.T,
+                        alpha=self.scale)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def add_lora(model, targets, r, alpha):

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import torch
 
+gc.freeze()  # torch's objects stay: not to be searched for garbage again while more is imported
+
 # ---------------------------------------------------------------------------------------------
 # Errors and flags: bad input ends in one line and exit code 2
 
@@ -54,6 +56,8 @@ def run_stage(main):
         print("interrupted: this stage's artifact is as it was before; run it again",
               file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        gc.freeze()  # nor on the way out: a second less for every stage that loads a model
 
 
 class StageParser(argparse.ArgumentParser):
@@ -491,7 +495,7 @@ def attach(model, weights, scale):
             else:
                 handles.append(module.register_forward_hook(
                     lambda _, inputs, out, A=A, B=B:
-                        out + (scale * (inputs[0].float() @ A.T) @ B.T).to(out.dtype)))
+                        (out.float() + scale * (inputs[0].float() @ A.T) @ B.T).to(out.dtype)))
         yield model
     finally:
         for handle in handles:
