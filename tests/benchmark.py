@@ -33,13 +33,19 @@ STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evalu
           "06_layer_analysis")
 
 
+def quietly(job):
+    """job() without its progress bars."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        job()
+
+
 def rounds(jobs, count):
     """{name: [seconds per round]}: every job once a round, in turn, after one warm-up round."""
     times = {name: [] for name in jobs}
     for k in range(count + 1):
         for name, job in jobs.items():
             start = time.perf_counter()
-            job()
+            quietly(job)
             if k:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -59,7 +65,7 @@ def peak_bytes(job):
     """Most bytes that CPU tensors held at a time during `job()`, beyond those held before."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        job()
+        quietly(job)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -117,6 +123,12 @@ def steps(toy):
     jobs = {name: lambda rule=rule: toy.train(rule, user, itertools.cycle(harmful))
             for name, rule in toy.s2.RULES.items()}
     jobs["panacea"] = lambda: toy.panacea(user, itertools.cycle(harmful))
+    both = [u + h for u, h in zip(user, harmful)]
+
+    def shared():  # a bound: one pass cannot keep the gradients of g and h apart
+        toy.train(toy.s2.sft_rule, both)
+        toy.train(toy.s2.sft_rule, harmful)
+    jobs["g and h in one pass (bound)"] = shared
     large = f"panacea, harmful batch {toy.c['harmful_batch_size']} (toy)"
     jobs[large] = lambda: toy.panacea(user, itertools.cycle(more))
     memory = {name: peak_bytes(job) for name, job in jobs.items()}
