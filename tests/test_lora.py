@@ -31,10 +31,15 @@ def test_output_is_pefts_formula_and_merged_equals_unmerged(layer):
     assert torch.allclose(layer(x), nn.functional.linear(x, merged, layer.base.bias), atol=1e-5)
 
 
-def test_adapter_is_float32_on_a_bfloat16_base(s2):
-    layer = s2.LoRALinear(nn.Linear(6, 4, dtype=torch.bfloat16), r=2, alpha=2)
-    out = layer(torch.randn(1, 6, dtype=torch.bfloat16))
+def test_adapter_is_float32_on_a_bfloat16_base_and_rounded_once(s2):
+    torch.manual_seed(0)
+    layer = s2.LoRALinear(nn.Linear(6, 64, dtype=torch.bfloat16), r=2, alpha=2)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(9, 6, dtype=torch.bfloat16)
+    exact = layer.base(x).float() + x.float() @ layer.lora_A.T @ layer.lora_B.T
+    out = layer(x)
     assert out.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
+    assert ((out.float() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()  # half a bfloat16
 
 
 def test_targets_all_leaves_the_head_alone_and_named_targets_are_exact(s2):
@@ -94,6 +99,26 @@ def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
             p.copy_(w[name])
     assert torch.allclose(model(input_ids=batch["input_ids"]).logits, attached, rtol=0, atol=close)
     assert not torch.allclose(attached, plain, atol=1e-2)
+
+
+def test_gradient_in_a_whole_model_is_that_of_merged_weights(s2):
+    torch.manual_seed(0)
+    plain, model = (toy_model("toy-llama", 50).eval() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    batch, w = batch_of(model), s2.add_lora(model, ["all"], 4, 8)
+    for p in w.values():
+        nn.init.normal_(p, std=0.05)
+    grads, _ = s2.gradient(lambda b: s2.answer_loss(model, b), list(w.values()), batch)
+    grads = dict(zip(w, grads))
+    names = [name.removesuffix(".lora_A") for name in w if name.endswith(".lora_A")]
+    merged = [plain.get_submodule(name).weight for name in names]
+    with torch.no_grad():
+        for name, weight in zip(names, merged):
+            weight.add_(8 / 4 * w[f"{name}.lora_B"] @ w[f"{name}.lora_A"])
+    for name, G in zip(names, torch.autograd.grad(s2.answer_loss(plain, batch), merged)):
+        A, B = w[f"{name}.lora_A"], w[f"{name}.lora_B"]        # W + 2 B A: the chain rule
+        assert torch.allclose(grads[f"{name}.lora_A"], 2 * B.T @ G, rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(grads[f"{name}.lora_B"], 2 * G @ A.T, rtol=1e-3, atol=1e-6), name
 
 
 def test_answer_loss_is_the_mean_over_answer_tokens(s2):
