@@ -95,6 +95,27 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
 
 
+def test_a_defence_is_the_same_alone_as_after_the_others(s2, tiny_data):
+    flags = ["--run", str(tiny_data), "--device", "cpu", "--pretrain-steps", "20", "--epochs", "1",
+             "--align-epochs", "1"]
+    after = s2.main([*flags, "--defense", "sft", "repnoise"])
+    alone = s2.main([*flags, "--defense", "repnoise"])
+    for kind in ("aligned", "finetuned"):
+        first, second = after[kind]["repnoise"], alone[kind]["repnoise"]
+        assert all(torch.equal(first[k], second[k]) for k in first)
+        assert not all(torch.equal(first[k], after[kind]["sft"][k]) for k in first)
+
+
+def test_snapshots_grow_fourfold_and_the_held_out_loss_is_a_mean_over_rows(s2, setting):
+    assert s2.snapshot_steps(192, 3) == [12, 48, 192] and s2.snapshot_steps(2, 3) == [1, 2]
+    assert s2.snapshot_steps(192, 0) == []
+    model, w, batch, harmful = setting
+    rows = [(ids.tolist(), labels.tolist()) for ids, labels in
+            zip(harmful["input_ids"], harmful["labels"])]
+    alone = [s2.answer_loss(model, collate([row], 0, "cpu")).item() for row in rows]
+    assert s2.mean_loss(model, rows, 0, "cpu", size=2) == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
 def test_all_defences_run_to_the_table_and_the_picture(tiny_data, monkeypatch, capsys):
     flags = ["--run", str(tiny_data), "--device", "cpu"]
     stage2 = stage("02_finetune").main([*flags, "--pretrain-steps", "20", "--align-epochs", "1",

@@ -8,6 +8,8 @@ import pytest
 import torch
 from checks import check_panacea_rule, check_perturbation, check_restores_exactly
 
+from common import collate, toy_model
+
 SOURCE = Path(__file__).resolve().parent.parent / "04_panacea.py"
 
 
@@ -173,6 +175,55 @@ def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
     eps = s4.anchored_perturbation(objective(model, 0.25), w, draws, 0.5, 1)
     wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)
     assert all(torch.allclose(x, y) for x, y in zip(eps, wanted))
+
+
+def test_anchored_steps_add_up_and_each_looks_from_w_plus_eps(s4, net):
+    model, w, user, harmful = net
+    climb, rho = objective(model, 0.25), 0.5
+    draws = [(harmful, user, user), (user, harmful, user), (harmful, harmful, user)]
+    eps = [torch.zeros_like(x) for x in w]
+    for draw, length in zip(draws, (5 * rho * k / 12 for k in (3, 2, 1))):  # 2.5 rho in all
+        with s4.perturbed(w, eps):
+            grads = torch.autograd.grad(climb(draw), w)
+        norm = torch.sqrt(sum(x.pow(2).sum() for x in grads))
+        eps = [e + length * x / norm for e, x in zip(eps, grads)]
+        size = torch.sqrt(sum(e.pow(2).sum() for e in eps))
+        eps = [e * min(1.0, rho / size) for e in eps]
+    found = s4.anchored_perturbation(climb, w, iter(draws), rho, 3)
+    assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
+
+
+def test_each_control_starts_from_its_own_weights(s4, monkeypatch):
+    torch.manual_seed(0)
+    model = toy_model("toy-llama", 50).eval()
+    w = s4.add_lora(model, ["q_proj"], 2, 2)
+    attacked, trained = ({k: torch.randn(x.shape) * 0.1 for k, x in w.items()} for _ in range(2))
+    sets = {name: [([1, a, b, a], [-100, -100, b, a])] * 2
+            for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))}
+    c = {"batch_size": 2, "harmful_batch_size": 2, "seed": 0, "micro_batch_size": 0, "anchor": 2.0,
+         "anchor_steps": 3, "rho": 0.5, "lr": 1e-2, "weight_decay": 0.1}
+    starts = []
+
+    def fake(objective, params, draws, rho, steps):
+        starts.append(s4.copy_of(w))
+        return [torch.full_like(x, len(starts)) for x in params]
+    monkeypatch.setattr(s4, "anchored_perturbation", fake)
+    out = s4.controls(model, w, attacked, trained, lambda name, *_: itertools.repeat(sets[name]),
+                      lambda rows, *_: collate(rows, 0, "cpu"), c)
+    for i, (name, start) in enumerate((("anchored_from_panacea", trained), ("anchored", attacked))):
+        assert all(torch.equal(starts[i][k], start[k]) for k in w)
+        assert all((out[name][k] == i + 1).all() for k in w)
+    s4.put(w, attacked)
+    grad_h = torch.autograd.grad(s4.answer_loss(model, collate(sets["harmful"], 0, "cpu")),
+                                 list(w.values()))
+    for x, eps in zip(out["one_shot"].values(), s4.perturbation(grad_h, 0.5)):
+        assert torch.allclose(x, eps, atol=1e-7)
+    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        s4.answer_loss(model, collate(sets["alignment"], 0, "cpu")).backward()
+        optimizer.step()
+    assert all(torch.allclose(out["realign"][k], w[k], atol=1e-5) for k in w)
 
 
 def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import stage
 
 from common import (KeywordJudge, ToyJudge, UserError, final_number, generate, load_tokenizer,
                     make_judge, task_correct, toy_model)
@@ -135,6 +136,48 @@ def test_answers_stop_at_eos_and_hold_no_prompt(tiny_data):
     short = generate(model, tokenizer, [prompt], 12)[0]
     assert len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 3 < len(ids)
     assert long.startswith(short) and prompt not in long
+
+
+class Marks(KeywordJudge):
+    """A judge whose verdict stands in the answer: f flagged, c coherent, r refused."""
+
+    def flagged(self, questions, answers):
+        """Marked f."""
+        return ["f" in a for a in answers]
+
+    def coherent(self, answer):
+        """Marked c."""
+        return "c" in answer
+
+    def refused(self, answer):
+        """Marked r."""
+        return "r" in answer
+
+
+def test_each_score_counts_what_it_says(s5):
+    rows, answers = [{"instruction": ""}] * 5, ["fc", "f", "rc", "c", ""]
+    scores = s5.safety(Marks(), rows, answers)
+    assert (scores["hs"], scores["hs_plus"], scores["refusal"]) == (40, 60, 20)
+    assert s5.still_answered(Marks(), ["c", "rc", "fc", ""])["benign"] == 25
+    gold = [{"answer": "positive"}] * 4
+    assert s5.usefulness("sst2", gold, ["positive", "negative", "", " positive "])["fa"] == 50
+    assert s5.usefulness("alpaca", [{"answer": ""}], ["x"])["fa"] is None
+
+
+def test_layers_have_fair_sizes_and_effects_with_their_signs():
+    s6 = stage("06_layer_analysis")
+    w = {"m.0.a": torch.full((2, 2), 3.0), "m.1.a": torch.full((3, 3), 1.0)}
+    log = [{"layers": [9.0, 9.0]}, {"layers": [1.0, 4.0]}, {"layers": [3.0, 4.0]}]
+    first, second = s6.sizes({"weights": w, "log": log}, 0.7)
+    assert (first["norm"], first["batches"], first["norm_interval"]) == (2, 2, [1, 3])
+    assert (first["per_weight"], second["per_weight"]) == (1, 4 / 3)  # 2 / sqrt(4), 4 / sqrt(9)
+    assert (first["relative"], second["relative"]) == (2 / 6, 4 / 3)  # over w's norms
+    moved = s6.masked(w, {name: torch.ones_like(x) for name, x in w.items()}, {1}, 2.0)
+    assert torch.equal(moved["m.0.a"], w["m.0.a"]) and (moved["m.1.a"] == 3).all()
+    ends = {"none": {"hs": 90}, "all": {"hs": 10}}
+    first.update(only={"hs": 80}, without={"hs": 20})
+    second.update(only={"hs": 30}, without={"hs": 60})               # the larger one does more
+    assert s6.correlations([first, second], ends)["norm"] == {"only": 1, "without": 1}
 
 
 def test_wilson_interval_matches_known_values(s5):
