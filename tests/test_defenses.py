@@ -106,6 +106,24 @@ def test_a_defence_is_the_same_alone_as_after_the_others(s2, tiny_data):
         assert not all(torch.equal(first[k], after[kind]["sft"][k]) for k in first)
 
 
+def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path, monkeypatch):
+    seeds = []
+    for module in (s2, s4):
+        for name in ("epoch_batches", "endless_batches"):
+            def spy(*args, draw=getattr(module, name)):
+                seeds.append(args[-1])
+                return draw(*args)
+            monkeypatch.setattr(module, name, spy)
+    flags = ["--run", str(tmp_path), "--device", "cpu"]
+    s1.main([*flags, "--seed", "7", "--n-align", "20", "--n-finetune", "20", "--n-harmful", "10",
+             "--n-test", "10"])
+    s2.main([*flags, "--pretrain-steps", "20", "--defense", "sft", "--align-epochs", "1",
+             "--epochs", "1"])
+    s4.main([*flags, "--anchor-steps", "1"])
+    assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
+    assert seeds[:4] == [7] * 4  # pre-training, alignment, its harmful batches, the attack
+
+
 def test_snapshots_grow_fourfold_and_the_held_out_loss_is_a_mean_over_rows(s2, setting):
     assert s2.snapshot_steps(192, 3) == [12, 48, 192] and s2.snapshot_steps(2, 3) == [1, 2]
     assert s2.snapshot_steps(192, 0) == []
