@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (attach, checkpoint_layers, collate, cut, encode,  # noqa: E402
-                    epoch_batches, generate, load_tokenizer, seed_everything, toy_model)
+                    epoch_batches, generate, load_tokenizer, progress, seed_everything, toy_model)
 
 STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
           "06_layer_analysis")
@@ -125,9 +125,11 @@ def steps(toy):
     jobs["panacea"] = lambda: toy.panacea(user, itertools.cycle(harmful))
     both = [u + h for u, h in zip(user, harmful)]
 
-    def shared():  # a bound: one pass cannot keep the gradients of g and h apart
+    def shared():  # a bound: to keep the gradients of g and h apart, as Eq. 3 must, takes more
         toy.train(toy.s2.sft_rule, both)
-        toy.train(toy.s2.sft_rule, harmful)
+        for rows in harmful:
+            toy.s4.gradient(toy.loss, list(toy.w.values()),
+                            collate(rows, toy.tokenizer.pad_token_id, "cpu"))
     jobs["g and h in one pass (bound)"] = shared
     large = f"panacea, harmful batch {toy.c['harmful_batch_size']} (toy)"
     jobs[large] = lambda: toy.panacea(user, itertools.cycle(more))
@@ -320,7 +322,7 @@ def real_steps(folder, count=6):
     import transformers
     s1, s2, s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
     c = {**s2.DEFAULTS["paper"], **s4.DEFAULTS["paper"]}
-    for task in s1.TASKS:
+    for task in progress(s1.TASKS, len(s1.TASKS), "tasks"):
         with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
             data = s1.main(["--run", run, "--preset", "paper", "--task", task, "--data-dir",
                             str(folder)])
@@ -374,7 +376,7 @@ def main(argv=None):
     if args.story or args.memory_7b:
         return story() if args.story else seven_billion()
     toy = Toy()
-    for part in (steps, after_training, answering, trainer, scaling):
+    for part in progress((steps, after_training, answering, trainer, scaling), 5, "parts"):
         part(toy)
 
 

@@ -39,7 +39,7 @@ def test_adapter_is_float32_on_a_bfloat16_base_and_rounded_once(s2):
     exact = layer.base(x).float() + x.float() @ layer.lora_A.T @ layer.lora_B.T
     out = layer(x)
     assert out.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
-    assert ((out.float() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()  # half a bfloat16
+    assert ((out.float() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()  # half a step
 
 
 def test_targets_all_leaves_the_head_alone_and_named_targets_are_exact(s2):
