@@ -3,7 +3,7 @@
 The provider teaches the model to refuse harmful prompts. Then a user fine-tunes it on an ordinary
 task with a few harmful samples among the rest, and the refusals are gone. "Vaccines" change the
 first step so that the second does less harm (RepNoise's harmful loss starts far higher, say); the
-model breaks all the same within a few hundred steps (Fig. 3). Snapshots let stage 5 draw that.
+model breaks all the same within a few hundred steps (Fig. 3). Snapshots let stage 5 show that.
 
 The model is frozen; what is trained is a LoRA adapter w = {A, B} on its linear layers,
     y = W x + (alpha / r) B A x,
@@ -12,21 +12,23 @@ is a rule from batches to a gradient on w; the loop that applies it is the same.
 on refusals (alignment set) and h the loss on harmful answers (harmful set):
 
     sft       grad f(w)
-    vaccine   grad of f with every layer's output e_l moved by rho * grad_e f / ||grad_e f||
-    repnoise  grad [ f + beta * MMD(hidden states on harmful text, noise) - alpha * log h_layers ]
+    vaccine   grad of f with every layer's output e_l moved by rho * grad_e_l f / ||grad_e f||
+    repnoise  grad [ f + beta * MMD(hidden states on harm, noise) - alpha * log(1 + h_depths) ]
     booster   grad f(w) + lam * ( grad h(w) - grad h(w - alpha * grad h(w) / ||grad h(w)||) )
 
-The toy has no pre-trained model to start from, so this stage first pre-trains one (02_base.pt).
+The toy has no pre-trained model to start from, so this stage first makes one (RUN/02_base, a
+checkpoint folder like any other).
 
-Deviation from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise but
-continues the old one after SFT and Panacea; here all continue the same one.
+Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise but
+continues the old one after SFT and Panacea; here all continue the same one. It clips gradients at
+norm 1 (transformers' default); here nothing is clipped. The README lists the rest.
 
-Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base.pt as well)
+Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base as well)
 Run:    python 02_finetune.py                 under two minutes for the toy
 """
 
-import argparse
 import hashlib
+import itertools
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -35,25 +37,40 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (TOY_MODELS, Run, UserError, add_flags, checkpoint_layers, collate, cut,
-                    describe, encode, endless_batches, epoch_batches, load_model, load_tokenizer,
-                    number, over_parts, pick_device, processes, progress, resolve,
-                    run_stage, seed_everything, stage_parser, toy_model)
+from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError, add_flags,
+                    checkpoint_layers, choice, collate, cut, describe, draw_batches, encode,
+                    load_model, number, over_parts, pick_device, processes, progress, resolve,
+                    run_stage, stage_parser, write_whole)
 
-DEFAULTS = {
-    "toy": dict(align_epochs=4, align_lr=2e-3, align_batch_size=16, epochs=6, lr=6e-4,
-                batch_size=16, weight_decay=0.1, r=16, alpha=16, targets=["all"], snapshots=3,
-                vaccine_rho=5.0, repnoise_alpha=1.0, repnoise_beta=0.1, booster_lam=1.0,
-                booster_alpha=0.1, vaccine_batch_size=8, pretrain_steps=430, pretrain_lr=2e-3,
-                micro_batch_size=0),
-    "paper": dict(align_epochs=20, align_lr=5e-4, align_batch_size=10, epochs=20, lr=2e-5,
-                  batch_size=10, weight_decay=0.1, r=32, alpha=4,
-                  targets=["q_proj", "k_proj", "v_proj"], snapshots=0,
-                  vaccine_rho=20.0, repnoise_alpha=0.02, repnoise_beta=0.1, booster_lam=100.0,
-                  booster_alpha=0.01, vaccine_batch_size=10, pretrain_steps=0, pretrain_lr=0.0,
-                  micro_batch_size=0),
+DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
+DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
+    "defense": (DEFENSES, ["sft"], ["sft"], choice(*DEFENSES),
+                f"how to align, one or several: {', '.join(DEFENSES)}"),
+    "align_epochs": (4, 3, 20, COUNT, "epochs over the alignment set; 0 for a chat model"),
+    "align_lr": (2e-3, 1e-3, 5e-4, POSITIVE, "learning rate of alignment"),
+    "align_batch_size": (16, 10, 10, SIZE, "batch of alignment"),
+    "epochs": (6, 2, 20, SIZE, "epochs over the user's data"),
+    "lr": (6e-4, 7e-4, 2e-5, POSITIVE, "learning rate of fine-tuning"),
+    "batch_size": (16, 10, 10, SIZE, "batch of fine-tuning"),
+    "weight_decay": (0.1, 0.1, 0.1, POSITIVE, "AdamW's weight decay"),
+    "r": (16, 16, 32, SIZE, "LoRA rank"),
+    "alpha": (16, 16, 4, POSITIVE, "LoRA alpha; the update is alpha/r * B A"),
+    "targets": (["all"], ["all"], ["q_proj", "k_proj", "v_proj"], str,
+                "linear layers that get an adapter, or all"),
+    "snapshots": (3, 0, 0, COUNT, "points of Fig. 3 after step 0, each four times the one before"),
+    "vaccine_rho": (5.0, 5.0, 20.0, POSITIVE, "Vaccine: norm of the embedding drift"),
+    "repnoise_alpha": (1.0, 0.02, 0.02, POSITIVE, "RepNoise: weight of -log of the harmful loss"),
+    "repnoise_beta": (0.1, 0.1, 0.1, POSITIVE, "RepNoise: weight of the MMD"),
+    "booster_lam": (1.0, 1.0, 100.0, POSITIVE, "Booster: weight lam of its regulariser"),
+    "booster_alpha": (0.1, 0.1, 0.01, POSITIVE, "Booster: length of its harmful step"),
+    "align_harmful_batch_size": (32, 10, 10, SIZE, "batch of h in alignment (RepNoise, Booster)"),
+    "pretrain_steps": (430, 0, 0, number(int, 20), "steps of pre-training the toy"),
+    "pretrain_lr": (2e-3, 0.0, 0.0, POSITIVE, "highest learning rate of pre-training"),
+    "micro_batch_size": (0, 0, 0, COUNT, "rows per pass, to save memory; 0: the whole batch. The "
+                         "gradient is the same (sft and booster only)"),
+    "gradient_checkpointing": (False, False, False, bool, "keep no activations inside layers: two "
+                               "thirds of the speed, a fraction of the memory, the same gradient"),
 }
-DEFENSES = ("sft", "vaccine", "repnoise", "booster")
 
 # ---------------------------------------------------------------------------------------------
 # LoRA by hand
@@ -75,11 +92,9 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):  # (..., in) -> (..., out)
-        """The frozen layer plus its low-rank update; addmm is y + scale * (x A^T) B^T at once."""
-        rows = x.flatten(0, -2)                                        # (N, in): a row per token
-        y = torch.addmm(self.base(rows).float(), rows.float() @ self.lora_A.T, self.lora_B.T,
-                        alpha=self.scale)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        """The frozen layer plus its low-rank update, added in float32."""
+        update = self.scale * (x.float() @ self.lora_A.T) @ self.lora_B.T
+        return (self.base(x).float() + update).to(x.dtype)
 
 
 def add_lora(model, targets, r, alpha):
@@ -114,21 +129,18 @@ def add_lora(model, targets, r, alpha):
 # Loss and gradient
 
 
-def answer_logits(model, batch):
-    """Logits (B*K, V) in float32 and the tokens they should predict (B*K,), -100 where none.
+def answer_loss(model, batch):
+    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
 
-    K: the positions from the first to the last that predict an answer token of any row.
+    Logits (B, K, V) are made at K positions only: from the first to the last that predict an
+    answer token of any row.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
-    keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
+    keep = slice(int(answer.min()), int(answer.max()) + 1)
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return logits.float().flatten(0, 1), labels[:, keep].flatten()
-
-
-def answer_loss(model, batch):
-    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32."""
-    return F.cross_entropy(*answer_logits(model, batch), ignore_index=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, keep].flatten(),
+                           ignore_index=-100)
 
 
 def gradient(loss, w, batch):
@@ -142,7 +154,7 @@ def gradient(loss, w, batch):
 
 def global_norm(tensors):
     """One L2 norm over all tensors together; a scalar tensor."""
-    return torch.sqrt(sum(x.pow(2).sum().to(tensors[0].device) for x in tensors))
+    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
 
 
 @contextmanager
@@ -161,12 +173,13 @@ def perturbed(w, eps):
 
 
 # ---------------------------------------------------------------------------------------------
-# The rules of alignment: (model, w, alignment batch, harmful batch, numbers) -> gradient, loss
+# The rules: (model, w, alignment batch, harmful batch, numbers) -> gradient on w, {name: loss}
 
 
 def sft_rule(model, w, batch, harmful=None, c=None):
     """Plain supervised fine-tuning: grad f(w)."""
-    return gradient(partial(answer_loss, model), w, batch)
+    grads, loss = gradient(partial(answer_loss, model), w, batch)
+    return grads, {"loss": loss}
 
 
 @contextmanager
@@ -197,7 +210,7 @@ def vaccine_rule(model, w, batch, harmful, c):
         drift = torch.autograd.grad(answer_loss(model, batch), e)
     norm = global_norm([d.float() for d in drift]).item()
     with shifted(layers, [c["vaccine_rho"] * d / norm for d in drift]):
-        return gradient(partial(answer_loss, model), w, batch)
+        return sft_rule(model, w, batch)
 
 
 def mmd(x, y):
@@ -211,22 +224,24 @@ def mmd(x, y):
 
 
 def repnoise_rule(model, w, batch, harmful, c):
-    """grad [f + beta * MMD - alpha * log(harmful loss, mean over layers)]; RepNoise (2405.14577).
+    """grad [f + beta * MMD - alpha * log(1 + mean harmful loss)]; RepNoise (2405.14577).
 
-    Hidden states at harmful answer tokens are pushed towards Gaussian noise; each layer's harmful
-    loss is read through the model's own final norm and output head.
+    Hidden states at harmful answer tokens, flattened by sample, are pushed towards Gaussian
+    noise; the harmful loss is read at every depth through the model's own final norm and head.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     out = decoder(input_ids=harmful["input_ids"], output_hidden_states=True, use_cache=False)
-    at = harmful["labels"][:, 1:] != -100
+    at = harmful["labels"][:, 1:] != -100                              # (B, T-1)
     target = harmful["labels"][:, 1:][at]                              # (N,)
-    states = [h[:, :-1][at] for h in out.hidden_states[1:]]            # layers x (N, d)
-    noise = sum(mmd(h.float(), torch.randn_like(h.float())) for h in states) / len(states)
-    normed = [decoder.norm(h) for h in states[:-1]] + states[-1:]      # the last is normed already
-    h_layers = sum(F.cross_entropy(head(h).float(), target) for h in normed) / len(normed)
+    depths = [h[:, :-1] for h in out.hidden_states]                    # layers + 1 x (B, T-1, d)
+    mask = at.unsqueeze(-1).float()
+    noise = sum(mmd((h.float() * mask).flatten(1), (torch.randn_like(h.float()) * mask).flatten(1))
+                for h in depths[1:]) / (len(depths) - 1)
+    normed = [decoder.norm(h[at]) for h in depths[:-1]] + [depths[-1][at]]  # the last has been
+    h_depths = sum(F.cross_entropy(head(h).float(), target) for h in normed) / len(normed)
     f = answer_loss(model, batch)
-    total = f + c["repnoise_beta"] * noise - c["repnoise_alpha"] * torch.log(h_layers)
-    return torch.autograd.grad(total, w), f.item()
+    total = f + c["repnoise_beta"] * noise - c["repnoise_alpha"] * torch.log(1 + h_depths)
+    return torch.autograd.grad(total, w), {"loss": f.item()}
 
 
 def booster_rule(model, w, batch, harmful, c):
@@ -238,45 +253,40 @@ def booster_rule(model, w, batch, harmful, c):
     with perturbed(w, [-c["booster_alpha"] * x / norm for x in grad_h]):
         grad_h_step, _ = gradient(loss, w, harmful)
     return [f_ + c["booster_lam"] * (h - h_step)
-            for f_, h, h_step in zip(grad_f, grad_h, grad_h_step)], f
+            for f_, h, h_step in zip(grad_f, grad_h, grad_h_step)], {"loss": f}
 
 
 RULES = {"sft": sft_rule, "vaccine": vaccine_rule, "repnoise": repnoise_rule,
          "booster": booster_rule}
 
-
 # ---------------------------------------------------------------------------------------------
 # Training
 
 
-def train(model, w, rule, batches, steps, lr, c, label, pad_id, harmful=None, at_step=None):
+def train(model, w, rule, batches, steps, lr, c, label, at_step=None):
     """Apply `rule` for `steps` AdamW steps, in place. Constant learning rate, no dropout.
 
     Args:
-        w: {name: parameter}. rule: one of the rules above. batches: iterator of example lists.
-        harmful: iterator of the provider's harmful example lists, if any (for repnoise, booster).
-        at_step: called with (step, loss) after each step, for logs and snapshots.
+        w: {name: parameter}. rule: one of RULES. batches: pairs of batches, user's or provider's
+            alignment and provider's harmful (None where the rule reads none).
+        at_step: called with (step, losses) after each step, for logs and snapshots.
     Raises:
         UserError: the gradient is not finite.
     """
     params = list(w.values())
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=c["weight_decay"],
-                                  fused=True)
-    device = params[0].device
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=c["weight_decay"], fused=True)
     bar = progress(batches, steps, label)
-    for step, examples in enumerate(bar, 1):
-        batch = cut(examples, pad_id, device, c["micro_batch_size"])
-        other = cut(next(harmful), pad_id, device, c["micro_batch_size"]) if harmful else None
-        grads, loss = rule(model, params, batch, other, c)
+    for step, (batch, harmful) in enumerate(bar, 1):
+        grads, losses = rule(model, params, batch, harmful, c)
         if not torch.isfinite(global_norm(grads)):
-            raise UserError(f"{label}: the gradient of step {step} is not finite (loss {loss}); "
+            raise UserError(f"{label}: the gradient of step {step} is not finite ({losses}); "
                             f"try a smaller learning rate than {lr}")
         for p, grad in zip(params, grads):
             p.grad = grad
         optimizer.step()
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
         if at_step:
-            at_step(step, loss)
+            at_step(step, losses)
 
 
 @torch.no_grad()
@@ -292,43 +302,16 @@ def copy_of(w):
     return {name: p.detach().cpu().clone() for name, p in w.items()}
 
 
+def put(w, weights):
+    """Copy {name: tensor} into the parameters w."""
+    with torch.no_grad():
+        for name, p in w.items():
+            p.copy_(weights[name])
+
+
 def snapshot_steps(steps, count):
     """`count` step numbers, each four times the one before; 3: 1/16, 1/4 and all of the way."""
     return sorted({max(1, round(steps / 4 ** k)) for k in range(count)})
-
-
-def pretrain(run, data, config, device):
-    """Pre-train the toy's base model on its world's text and write 02_base.pt, unless it is there.
-
-    All weights are trained, on all tokens, with a one-cycle learning rate.
-    """
-    c = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
-    c["text_sha256"] = hashlib.sha256(repr((data["vocab"], data["pretrain"])).encode()).hexdigest()
-    if run.made("02_base.pt", c):
-        print("02_base.pt fits this data and these settings: not pre-training again")
-        return
-    seed_everything(config["seed"])
-    tokenizer = load_tokenizer(data)
-    model = toy_model(config["model"], len(data["vocab"])).to(device).train()
-    describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
-    ids = [tokenizer(p + t)["input_ids"] + [tokenizer.eos_token_id] for p, t in data["pretrain"]]
-    batches = epoch_batches([(x, x) for x in ids], 32, 1000, config["seed"])
-    steps = c["pretrain_steps"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c["pretrain_lr"], weight_decay=0.01,
-                                  fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c["pretrain_lr"], steps,
-                                                   pct_start=0.1)
-    bar = progress(range(steps), steps, "pre-train")
-    for _ in bar:
-        loss = answer_loss(model, collate(next(batches), tokenizer.pad_token_id, device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    Run(run.folder).save("02_base.pt", c, weights={k: v.cpu() for k, v in
-                                                   model.state_dict().items()})
 
 
 def align_and_attack(model, w, initial, defense, examples, c, pad_id):
@@ -338,36 +321,120 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
         (aligned w, {step: w during fine-tuning}, log of {"stage", "step", "loss", "h"}, where h,
         the held-out harmful loss, stands at snapshots and at both ends only).
     """
-    log = []
-    with torch.no_grad():
-        for name, p in w.items():
-            p.copy_(initial[name])
-    seed_everything(c["seed"])
-    batch, epochs = c["align_batch_size"], c["align_epochs"]
-    steps = epochs * math.ceil(len(examples["alignment"]) / batch)
-    if steps:
-        train(model, w, RULES[defense], epoch_batches(examples["alignment"], batch, epochs,
-                                                      c["seed"]),
-              steps, c["align_lr"], c, f"align {defense}", pad_id,
-              endless_batches(examples["harmful"], c["vaccine_batch_size"], c["seed"]),
-              lambda step, loss: log.append({"stage": "align", "step": step, "loss": loss}))
-    aligned, snapshots = copy_of(w), {}
-    batch, epochs = c["batch_size"], c["epochs"]
-    steps = epochs * math.ceil(len(examples["finetune"]) / batch)
-    keep = snapshot_steps(steps, c["snapshots"])
-    device = next(iter(w.values())).device
+    def batches(name, size, epochs=None):
+        return (cut(rows, pad_id, model.device, c["micro_batch_size"])
+                for rows in draw_batches(examples[name], size, c["seed"], epochs))
 
-    def record(step, loss=None):
-        entry = {"stage": "finetune", "step": step, **({} if loss is None else {"loss": loss})}
+    def steps_of(name, size, epochs):
+        return epochs * math.ceil(len(examples[name]) / size)
+    log, snapshots = [], {}
+    put(w, initial)
+    torch.manual_seed(c["seed"])
+    size, epochs = c["align_batch_size"], c["align_epochs"]
+    harmful = (batches("harmful", c["align_harmful_batch_size"])
+               if defense in ("repnoise", "booster") else itertools.repeat(None))
+    train(model, w, RULES[defense], zip(batches("alignment", size, epochs), harmful),
+          steps_of("alignment", size, epochs), c["align_lr"], c, f"align {defense}",
+          lambda step, losses: log.append({"stage": "align", "step": step, **losses}))
+    aligned = copy_of(w)
+    size, epochs = c["batch_size"], c["epochs"]
+    steps = steps_of("finetune", size, epochs)
+    keep = snapshot_steps(steps, c["snapshots"])
+
+    def record(step, losses):
+        entry = {"stage": "finetune", "step": step, **losses}
         if step in (0, steps) or step in keep:
-            entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, device)
+            entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, model.device)
         if step in keep and step != steps:
-            snapshots[step] = copy_of(w)
+            snapshots[str(step)] = copy_of(w)
         log.append(entry)
-    record(0)
-    train(model, w, sft_rule, epoch_batches(examples["finetune"], batch, epochs, c["seed"]),
-          steps, c["lr"], c, f"attack {defense}", pad_id, at_step=record)
+    record(0, {})
+    train(model, w, sft_rule, zip(batches("finetune", size, epochs), itertools.repeat(None)),
+          steps, c["lr"], c, f"attack {defense}", record)
     return aligned, snapshots, log
+
+
+# ---------------------------------------------------------------------------------------------
+# The toy's base model: a checkpoint folder made on the spot
+
+
+def toy_tokenizer(vocab):
+    """Word-level tokenizer over the list `vocab`, as a transformers fast tokenizer.
+
+    Decoding puts one space between words and none before a mark, as the toy's sentences have it.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(TOY_TOKEN), "removed", invert=True)
+    words.decoder = decoders.WordPiece(cleanup=True)
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>",
+                                   eos_token="</s>", unk_token="<unk>")
+
+
+def toy_model(name, vocab_size):
+    """A randomly initialised 4-layer model of width 128, from transformers' own configs.
+
+    Weights start at std 0.08 (about 1/sqrt(width)) and the embedding is untied: with the usual
+    0.02 and a tied one, so small a model needs several times the steps to learn its world. The
+    embedding starts sqrt(width) larger, as Gemma 2 scales its own: where it is small beside the
+    layers' outputs, the first layer decides everything, and eps breaks the task there.
+    """
+    import transformers
+    arch = {"toy-llama": "Llama", "toy-gemma2": "Gemma2", "toy-qwen2": "Qwen2"}[name]
+    config = getattr(transformers, arch + "Config")(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        initializer_range=0.08)
+    model = getattr(transformers, arch + "ForCausalLM")(config)
+    if arch != "Gemma2":
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(config.hidden_size ** 0.5)
+    return model
+
+
+def pretrain(run, data, config, device):
+    """Pre-train the toy's base model on its world's text, unless RUN/02_base is that model.
+
+    All weights are trained, on all tokens, with a one-cycle learning rate.
+    """
+    from transformers import AutoModelForCausalLM
+    made_from = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
+    text = repr((data["vocab"], data["pretrain"]))
+    made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    folder = run.folder / "02_base"
+    try:
+        if AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from:
+            return print(f"{folder} fits this data and these settings: not pre-training again")
+    except Exception:  # not there, or damaged: it raises a dozen kinds
+        pass
+    torch.manual_seed(config["seed"])
+    tokenizer = toy_tokenizer(data["vocab"])
+    model = toy_model(config["model"], len(data["vocab"])).to(device).train()
+    describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
+    ids = [tokenizer(p + t)["input_ids"] + [tokenizer.eos_token_id] for p, t in data["pretrain"]]
+    batches = draw_batches([(x, x) for x in ids], 32, config["seed"])
+    steps, lr = config["pretrain_steps"], config["pretrain_lr"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    bar = progress(range(steps), steps, "pre-train")
+    for _ in bar:
+        loss = answer_loss(model, collate(next(batches), tokenizer.pad_token_id, device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    model.config.made_from = made_from
+
+    def write(new):
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    write_whole(folder, write)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,36 +444,19 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
-    group = parser.add_argument_group("training")
-    group.add_argument("--defense", nargs="+", choices=DEFENSES, default=None, metavar="NAME",
-                       help=f"how to align: {', '.join(DEFENSES)} (toy: all; paper: sft)")
-    count, size, positive = number(int, 0), number(int, 1), number(float, 0)
-    add_flags(group, DEFAULTS, {
-        "align_epochs": (count, "epochs over the alignment set; 0 for a chat model"),
-        "align_lr": (positive, "learning rate of alignment"),
-        "align_batch_size": (size, "batch of alignment"),
-        "epochs": (size, "epochs over the user's data"),
-        "lr": (positive, "learning rate of fine-tuning"),
-        "batch_size": (size, "batch of fine-tuning"),
-        "weight_decay": (positive, "AdamW's weight decay"),
-        "r": (size, "LoRA rank"), "alpha": (positive, "LoRA alpha; the update is alpha/r * B A"),
-        "targets": (str, "linear layers that get an adapter, or all"),
-        "snapshots": (count, "points of Fig. 3 after step 0, each four times the one before"),
-        "vaccine_rho": (positive, "Vaccine: norm of the embedding drift"),
-        "repnoise_alpha": (positive, "RepNoise: weight of -log of the harmful loss"),
-        "repnoise_beta": (positive, "RepNoise: weight of the MMD"),
-        "booster_lam": (positive, "Booster: weight lam of its regulariser"),
-        "booster_alpha": (positive, "Booster: length of its harmful step"),
-        "vaccine_batch_size": (size, "samples in alignment's batch of h (RepNoise, Booster)"),
-        "pretrain_steps": (number(int, 20), "steps of pre-training the toy"),
-        "pretrain_lr": (positive, "highest learning rate of pre-training"),
-        "micro_batch_size": (count, "rows per pass, to save memory; 0: the whole batch. The "
-                                    "gradient is the same (sft and booster only)"),
-    })
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       default=False, help="keep no activations inside layers: two thirds of the "
-                                           "speed, a fraction of the memory, the same gradient")
+    add_flags(parser.add_argument_group("training"), DEFAULTS)
     return parser.parse_args(argv)
+
+
+def check(config):
+    """Refuse what cannot work, before anything is made."""
+    whole = {"vaccine", "repnoise"} & set(config["defense"])
+    if whole and (config["micro_batch_size"] or processes() > 1):
+        raise UserError(f"the whole batch in one pass is what {' and '.join(sorted(whole))} must "
+                        "have; leave out --micro-batch-size and torchrun, or use --defense sft "
+                        "booster")
+    if config["model"] in TOY_MODELS:
+        add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)
 
 
 def main(argv=None):
@@ -414,24 +464,13 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     data = run.load("01_data.pt")
-    preset = data["config"]["preset"]
-    config = {**data["config"], **resolve(args, DEFAULTS, preset)}
-    config["defense"] = args.defense or (list(DEFENSES) if preset == "toy" else ["sft"])
-    config["gradient_checkpointing"] = args.gradient_checkpointing
-    whole = {"vaccine", "repnoise"} & set(config["defense"])
-    if whole and (config["micro_batch_size"] or processes() > 1 or args.device == "spread"):
-        raise UserError(f"the whole batch in one pass is what {' and '.join(sorted(whole))} must "
-                        "have; leave out --micro-batch-size, torchrun and --device spread, or use "
-                        "--defense sft booster")
+    config = {**data["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
+    check(config)
     device = pick_device(args.device)
     if config["model"] in TOY_MODELS:
-        if device == "spread":
-            raise UserError(f"--device spread is for models that fit no GPU; {config['model']} "
-                            "does: leave it out")
-        add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)  # fail before, not after
         pretrain(run, data, config, device)
     model, tokenizer = load_model(run, data, device)
-    seed_everything(config["seed"])
+    torch.manual_seed(config["seed"])
     w = add_lora(model, config["targets"], config["r"], config["alpha"])
     if config["gradient_checkpointing"]:
         checkpoint_layers(model)
@@ -439,14 +478,13 @@ def main(argv=None):
     initial = copy_of(w)
     examples = {name: encode(tokenizer, data[name], config["max_length"])
                 for name in ("alignment", "harmful", "finetune", "test_harmful")}
-    aligned, finetuned, snapshots, log = {}, {}, {}, {}
+    result = {"aligned": {}, "finetuned": {}, "snapshots": {}, "log": {}}
     for defense in config["defense"]:
-        aligned[defense], kept, log[defense] = align_and_attack(
-            model, w, initial, defense, examples, config, tokenizer.pad_token_id)
-        finetuned[defense] = copy_of(w)
-        snapshots[defense] = {str(step): kept[step] for step in kept}
-    artifact = run.save("02_finetune.pt", config, aligned=aligned, finetuned=finetuned,
-                        snapshots=snapshots, log=log)
+        aligned, kept, log = align_and_attack(model, w, initial, defense, examples, config,
+                                              tokenizer.pad_token_id)
+        for name, value in zip(result, (aligned, copy_of(w), kept, log)):
+            result[name][defense] = value
+    artifact = run.save("02_finetune.pt", config, **result)
     print(f"{args.run / '02_finetune.pt'} written; next: python 03_random_perturb.py "
           f"--run {args.run}")
     return artifact

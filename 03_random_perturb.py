@@ -1,29 +1,39 @@
-"""Stage 3 - the embarrassingly simple fix: add noise to the fine-tuned weights.
+"""Stage 3 - repairs that optimise nothing: noise, interpolation, pruning.
 
 Gaussian noise on the weights of the attacked model lowers its harmful score: with enough of it
 the model answers nothing well, harmful prompts included. That is the paper's third sentence, and
-its catch: the accuracy on the user's task falls too (Fig. 4).
+its catch: the accuracy on the user's task falls too (Fig. 4). Any repair that is better has to
+beat what needs no optimiser at all. From attacked weights w and aligned weights w_a, both of
+which the provider has, each function here makes new weights:
 
-    w' = w + std * z,   z ~ N(0, I)                          for several std
-    w' = w + rho * z / ||z||_2                               the control the paper lacks
+    noise         w + std * z,   z ~ N(0, I)               for several std, all along one z
+    matched       w + rho * z / ||z||_2                    noise of the size of Panacea's eps
+    interpolated  w + t * (w_a - w)                        back towards the aligned adapter
+    antidote      w with the top share of |w| * ||input||_2 on harmful data set to zero
 
-The second line is noise of the same L2 norm as Panacea's eps. If it did as well as Panacea, the
-direction that Panacea optimises would not matter. One z serves all strengths, so that a curve
-over std is a walk along one line.
+`matched` is the control that the paper lacks: if it did as well as Panacea, the direction that
+Panacea optimises would not matter. Interpolation is the oldest of repairs (RESTA, arXiv
+2402.11746). Antidote (2408.09600) is the paper's closest rival; it scores by Wanda (2306.11695).
 
-Noise goes to the adapter w = {A, B} only, as in the paper; the frozen model stays as it is.
+Everything happens to the adapter w = {A, B} only; the frozen model stays as it is. Deviation from
+Antidote's code: the share is pruned from each matrix as a whole, not from each of its rows.
 
-Reads:  RUN/02_finetune.pt    Writes: RUN/03_random_perturb.pt
-Run:    python 03_random_perturb.py                          under 5 seconds
+Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/03_random_perturb.pt
+Run:    python 03_random_perturb.py                          under 10 seconds for the toy
 """
 
 import torch
 
-from common import Run, UserError, add_flags, number, resolve, run_stage, stage_parser
+from common import (POSITIVE, Run, UserError, add_flags, attach, describe, encode, load_model,
+                    number, pick_device, progress, resolve, run_stage, stage_parser)
 
-DEFAULTS = {
-    "toy": dict(std=[0.04, 0.06, 0.07, 0.08, 0.09, 0.1]),
-    "paper": dict(std=[0.001, 0.01, 0.05, 0.1]),
+DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
+    "std": ([0.04, 0.06, 0.07, 0.08, 0.1], [0.05, 0.07, 0.09], [0.001, 0.01, 0.05, 0.1], POSITIVE,
+            "standard deviations of the noise on every adapter weight"),
+    "t": ([0.25, 0.5, 0.75], [0.25, 0.5, 0.75], [0.25, 0.5, 0.75], number(float, 0, 1),
+          "shares of the way back to the aligned adapter"),
+    "share": ([0.01, 0.05, 0.2], [0.01, 0.05], [0.01, 0.05, 0.1], number(float, 0, 1),
+              "shares of the adapter's weights that Antidote prunes"),
 }
 
 
@@ -39,6 +49,53 @@ def unit(direction):
     return {name: z / norm for name, z in direction.items()}
 
 
+def noise(w, z, std):
+    """w + std * z (dicts of tensors): Fig. 4 of the paper."""
+    return {name: w[name] + std * z[name] for name in w}
+
+
+def interpolated(w, aligned, t):
+    """w + t (aligned - w): t = 0 is the attacked model, t = 1 the aligned one."""
+    return {name: torch.lerp(w[name], aligned[name], t) for name in w}
+
+
+def antidote(w, norms, share):
+    """w with the top `share` of each matrix zero, by Wanda score |w| * ||input||_2.
+
+    Args:
+        norms: {name: (columns,)}, L2 norm of each input feature over the harmful tokens.
+    """
+    pruned = {}
+    for name, x in w.items():
+        score = (x.abs() * norms[name]).flatten()
+        top = score.topk(round(share * score.numel())).indices
+        pruned[name] = x.flatten().index_fill(0, top, 0.0).view_as(x)
+    return pruned
+
+
+@torch.no_grad()
+def input_norms(model, w, scale, examples):
+    """{name: (columns,)}: L2 norms of what enters each A (x) and each B (A x), over all tokens."""
+    squares = dict.fromkeys(w, 0.0)
+
+    def recorder(a, b, A):
+        def record(_, inputs):
+            x = inputs[0].float().flatten(0, -2)                       # (tokens, in)
+            squares[a] += x.pow(2).sum(0)
+            squares[b] += (x @ A.T).pow(2).sum(0)                      # (r,)
+        return record
+    modules = [name.removesuffix(".lora_A") for name in w if name.endswith(".lora_A")]
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(
+        f"{name}.lora_A", f"{name}.lora_B", w[f"{name}.lora_A"].to(model.device)))
+        for name in modules]
+    with attach(model, w, scale):
+        for ids, _ in progress(examples, len(examples), "antidote"):
+            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    return {name: x.sqrt().cpu() for name, x in squares.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # The command line
 
@@ -46,27 +103,39 @@ def unit(direction):
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
-    group = parser.add_argument_group("noise")
-    add_flags(group, DEFAULTS, {
-        "std": (number(float, 0), "standard deviations of the noise on every adapter weight")})
+    add_flags(parser.add_argument_group("repairs (0 leaves one out)"), DEFAULTS)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Draw the noise and write RUN/03_random_perturb.pt; returns the artifact."""
+    """Make the repairs and write RUN/03_random_perturb.pt; returns the artifact."""
     args = get_args(argv)
     run = Run(args.run)
-    attacked = run.load("02_finetune.pt")
-    if "sft" not in attacked["finetuned"]:
+    data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
+    if "sft" not in stage2["finetuned"]:
         raise UserError("02_finetune.pt has no model aligned with sft; run: python 02_finetune.py "
                         f"--run {args.run} --defense sft")
-    config = {**attacked["config"], **resolve(args, DEFAULTS, attacked["config"]["preset"])}
-    w = attacked["finetuned"]["sft"]
-    z = gaussian_like(w, config["seed"])
+    c = {**stage2["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
+    w, aligned = stage2["finetuned"]["sft"], stage2["aligned"]["sft"]
+    z = gaussian_like(w, c["seed"])
     size = sum(x.numel() for x in w.values())
-    for std in config["std"]:
+    repairs = []
+
+    def add(model, setting, weights):
+        repairs.append({"model": model, "setting": setting, "weights": weights})
+    for std in filter(None, c["std"]):
         print(f"  std {std:<6g} on {size:,} weights: L2 norm {std * size ** 0.5:.3g}")
-    artifact = run.save("03_random_perturb.pt", config, noise=z, matched=unit(z))
+        add("random", {"std": std}, noise(w, z, std))
+    for t in filter(None, c["t"]):
+        add("interpolated", {"t": t}, interpolated(w, aligned, t))
+    if any(c["share"]):
+        model, tokenizer = load_model(run, data, pick_device(args.device))
+        describe(model, f"; reading {len(data['harmful'])} harmful samples for Antidote")
+        norms = input_norms(model, w, c["alpha"] / c["r"],
+                            encode(tokenizer, data["harmful"], c["max_length"]))
+        for share in filter(None, c["share"]):
+            add("antidote", {"share": share}, antidote(w, norms, share))
+    artifact = run.save("03_random_perturb.pt", c, repairs=repairs, matched=unit(z))
     print(f"{args.run / '03_random_perturb.pt'} written; next: python 04_panacea.py "
           f"--run {args.run}")
     return artifact

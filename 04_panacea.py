@@ -12,20 +12,21 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
     Output  w_T + eps, eps being the last one computed                  (Algorithm 1)
 
 Eq. 2 solves the inner max to first order; Eq. 3 descends the outer one, through AdamW. With
-lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`.
+lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`. Two more repairs
+stand below, each from the attacked weights: `realign`, AdamW down the alignment loss a (and g),
+and ours, the *anchored* eps, which may climb h while it descends a and g, inside a ball.
 
-Beyond the paper: eps silences harm, but what comes instead is noise. The provider owns refusals
-too. An *anchored* eps, in the same ball and after plain fine-tuning, climbs h while it descends
-a, the loss on the alignment set, and g (--anchor). Control: `realign`, AdamW steps on a alone.
-
-Deviations from the released code: w is restored by copy (adding and subtracting eps is not exact
-in bfloat16); h(w + eps) is not clamped at 5 (above, that learns harm); w and eps are saved apart.
+Deviations from the released code (trainer.py): w is restored by copy, since adding and
+subtracting eps is not exact in bfloat16; h(w + eps) is not clamped at 5, above which that update
+learns harm; gradients are not clipped; w and eps are saved apart.
 
 Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
 Run:    python 04_panacea.py                  under a minute for the toy
 """
 
 import argparse
+import itertools
+import json
 import math
 import re
 from contextlib import contextmanager
@@ -36,13 +37,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Run, UserError, add_flags, checkpoint_layers, cut, describe, encode,
-                    endless_batches, epoch_batches, export, load_model, number, over_parts,
-                    pick_device, progress, resolve, run_stage, seed_everything, stage_parser)
+from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, Run, UserError, add_flags, attach, choice,
+                    checkpoint_layers, cut, describe, draw_batches, encode, load_model, over_parts,
+                    pick_device, progress, resolve, run_stage, stage_parser, write_whole)
 
-DEFAULTS = {
-    "toy": dict(rho=1.0, lam=0.015, harmful_batch_size=32, anchor=3.0, anchor_steps=5),
-    "paper": dict(rho=1.0, lam=0.001, harmful_batch_size=10, anchor=3.0, anchor_steps=5),
+DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
+    "rho": (1.0, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
+    "lam": (0.015, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
+    "harmful_batch_size": (32, 10, 10, SIZE, "samples in the batch of h"),
+    "anchor": (3.0, 3.0, 3.0, POSITIVE, "anchored eps: weight of a; 0 leaves the anchored eps out"),
+    "anchor_rho": ([0.2], [0.2], [0.2], POSITIVE, "its radius, in units of ||w - w_aligned||"),
+    "anchor_steps": ([10], [10], [10], SIZE, "its projected steps"),
+    "terms": (["a", "hag"], ["a", "hag"], ["a"], choice("a", "ha", "hag"), "which terms "
+              "of h - anchor a - g it climbs"),
+    "realign_steps": ([20], [10], [20], COUNT, "AdamW steps of realign; 0 leaves it out"),
+    "realign_lr": ([3e-4], [1e-3], [5e-4], POSITIVE, "their learning rate"),
+    "realign_terms": (["a", "ag"], ["a", "ag"], ["a"], choice("a", "ag"), "a, or ag for a + g"),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -57,9 +67,8 @@ def perturbation(grad_h, rho):
     """
     norm = global_norm(grad_h).item()
     if not (math.isfinite(norm) and norm > 0):
-        raise UserError(f"the harmful gradient has norm {norm}: no direction to perturb w "
-                        "in; the harmful loss is saturated or has overflowed (try a smaller --lr "
-                        "in 02_finetune.py)")
+        raise UserError(f"the harmful gradient has norm {norm}: no direction to perturb w in; the "
+                        "harmful loss is saturated or overflowed (a smaller --lr in stage 2?)")
     return [rho * x / norm for x in grad_h]
 
 
@@ -96,21 +105,18 @@ def perturbed(w, eps):
                 x.copy_(old)
 
 
-def answer_logits(model, batch):
-    """Logits (B*K, V) in float32 and the tokens they should predict (B*K,), -100 where none.
+def answer_loss(model, batch):
+    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32.
 
-    K: the positions from the first to the last that predict an answer token of any row.
+    Logits (B, K, V) are made at K positions only: from the first to the last that predict an
+    answer token of any row.
     """
     labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
-    keep = slice(int(answer.min()), int(answer.max()) + 1)             # K positions
+    keep = slice(int(answer.min()), int(answer.max()) + 1)
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return logits.float().flatten(0, 1), labels[:, keep].flatten()
-
-
-def answer_loss(model, batch):
-    """Mean cross-entropy over the answer tokens of a batch; a scalar, float32."""
-    return F.cross_entropy(*answer_logits(model, batch), ignore_index=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, keep].flatten(),
+                           ignore_index=-100)
 
 
 def gradient(loss, w, batch):
@@ -124,52 +130,48 @@ def gradient(loss, w, batch):
 
 def global_norm(tensors):
     """One L2 norm over all tensors together; a scalar tensor."""
-    return torch.sqrt(sum(x.pow(2).sum().to(tensors[0].device) for x in tensors))
+    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
 
 
-# Beyond the paper: the anchored perturbation
+# ---------------------------------------------------------------------------------------------
+# Other repairs that optimise: each from the weights w (in place) to new ones or to an eps
 
 
-def anchored_perturbation(objective, w, draws, rho, steps):
-    """An eps with ||eps|| <= rho that climbs h - anchor * a - g, by projected gradient steps.
+def weighted_gradient(loss, w, batches, weights):
+    """sum_i weights[i] * grad loss(batches[i]); new tensors shaped like w."""
+    grads = [gradient(loss, w, batch)[0] for batch in batches]
+    return [sum(c * x for c, x in zip(weights, parts)) for parts in zip(*grads)]
+
+
+def realign(loss, w, draws, steps, lr, weight_decay):
+    """The plain repair: `steps` AdamW steps down the sum of the losses on what `draws` yields."""
+    optimizer = torch.optim.AdamW(w, lr=lr, weight_decay=weight_decay, fused=True)
+    for batches in itertools.islice(draws, steps):
+        for p, grad in zip(w, weighted_gradient(loss, w, batches, [1.0] * len(batches))):
+            p.grad = grad
+        optimizer.step()
+
+
+def anchored_perturbation(loss, w, draws, weights, rho, steps):
+    """An eps with ||eps|| <= rho that climbs a weighted sum of losses, by projected steps.
 
     Steps shrink linearly and add up to 2.5 radii: far enough to cross the ball, short enough at
     the end to settle.
 
     Args:
-        objective: batch -> scalar h - anchor * a - g that depends on w. draws: iterator of its
-            batches. steps: number of projected steps.
+        draws: iterator of tuples of batches. weights: one for each, as in h - anchor * a - g.
     Returns:
         eps, a list of new tensors shaped like w.
     """
     eps = [torch.zeros_like(x) for x in w]
-    for k in range(steps):
+    for k, batches in enumerate(itertools.islice(draws, steps)):
         with perturbed(w, eps):
-            climb, _ = gradient(objective, w, next(draws))
+            climb = weighted_gradient(loss, w, batches, weights)
         length = 5 * rho * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
         shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
     return eps
-
-
-def three_sets(harmful, alignment, user, anchor):
-    """Rows of three sets, and the weight of each row's summed loss in h - anchor * a - g."""
-    rows, weights = [], []
-    for examples, weight in ((harmful, 1.0), (alignment, -anchor), (user, -1.0)):
-        tokens = sum(label != -100 for _, labels in examples for label in labels[1:])
-        rows += examples
-        weights += [weight / tokens] * len(examples)
-    return rows, weights
-
-
-def weighted_loss(model, batch):
-    """Sum of batch["weight"] (B,) times each row's summed cross-entropy; a scalar, float32.
-
-    With the weights of three_sets: h - anchor * a - g in one pass instead of three.
-    """
-    losses = F.cross_entropy(*answer_logits(model, batch), ignore_index=-100, reduction="none")
-    return batch["weight"] @ losses.view(len(batch["weight"]), -1).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,11 +194,9 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):  # (..., in) -> (..., out)
-        """The frozen layer plus its low-rank update; addmm is y + scale * (x A^T) B^T at once."""
-        rows = x.flatten(0, -2)                                        # (N, in): a row per token
-        y = torch.addmm(self.base(rows).float(), rows.float() @ self.lora_A.T, self.lora_B.T,
-                        alpha=self.scale)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        """The frozen layer plus its low-rank update, added in float32."""
+        update = self.scale * (x.float() @ self.lora_A.T) @ self.lora_B.T
+        return (self.base(x).float() + update).to(x.dtype)
 
 
 def add_lora(model, targets, r, alpha):
@@ -231,16 +231,6 @@ def add_lora(model, targets, r, alpha):
 # Training
 
 
-def copy_of(w):
-    """{name: tensor} on the CPU, float32, detached."""
-    return {name: p.detach().cpu().clone() for name, p in w.items()}
-
-
-def named(w, tensors):
-    """{name of w: copy of the tensor on the CPU}."""
-    return {name: x.detach().cpu().clone() for name, x in zip(w, tensors)}
-
-
 def layer_norms(w, eps):
     """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
     squares = {}
@@ -250,41 +240,36 @@ def layer_norms(w, eps):
     return [math.sqrt(squares[layer]) for layer in sorted(squares)]
 
 
-def train(loss, w, batches, harmful, steps, c):
+def train(loss, w, batches, steps, c):
     """Algorithm 1: AdamW on panacea_rule, in place on w = {name: parameter}.
 
+    Args:
+        batches: pairs of batches, the user's and the provider's harmful.
     Returns:
         (eps, log): the last perturbation, and a dict of the paper's quantities per step.
     """
     params, log, eps = list(w.values()), [], None
-    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"],
-                                  fused=True)
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"], fused=True)
     bar = progress(batches, steps, "panacea")
-    for step, batch in enumerate(bar, 1):
+    for step, (batch, harmful) in enumerate(bar, 1):
         optimizer.zero_grad()
         grads = eps = None  # the last step's, freed before this one's passes
-        grads, eps, losses = panacea_rule(loss, params, batch, next(harmful), c["rho"], c["lam"])
+        grads, eps, losses = panacea_rule(loss, params, batch, harmful, c["rho"], c["lam"])
         if not torch.isfinite(global_norm(grads)):
-            raise UserError(f"the gradient of step {step} is not finite (h(w + eps) = "
-                            f"{losses['h_eps']}); try a smaller --rho or --lam")
+            raise UserError(f"panacea: the gradient of step {step} is not finite ({losses}); "
+                            "try a smaller --rho or --lam")
         for p, grad in zip(params, grads):
             p.grad = grad
         optimizer.step()
+        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
         log.append({"step": step, **losses, "eps_norm": global_norm(eps).item(),
                     "layers": layer_norms(w, eps)})
-        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
     return eps, log
 
 
-def realign(loss, w, alignment, steps, c):
-    """The sceptic's control: `steps` plain AdamW steps on the alignment set, in place."""
-    params = list(w.values())
-    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"],
-                                  fused=True)
-    for _ in range(steps):
-        for p, grad in zip(params, gradient(loss, params, next(alignment))[0]):
-            p.grad = grad
-        optimizer.step()
+def copy_of(w):
+    """{name: tensor} on the CPU, float32, detached."""
+    return {name: p.detach().cpu().clone() for name, p in w.items()}
 
 
 def put(w, weights):
@@ -294,43 +279,53 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def controls(model, w, attacked, panacea_w, endless, batch_of, c):
-    """The perturbations that Panacea is compared with; each starts from given weights.
+def plus(w, eps):
+    """w + eps, for dicts of tensors."""
+    return {name: w[name] + eps[name] for name in w}
+
+
+def distance(w, other):
+    """L2 norm of w - other over all tensors; dicts."""
+    return global_norm([w[name] - other[name] for name in w]).item()
+
+
+def other_repairs(loss, w, aligned, attacked, batches, c):
+    """one_shot's eps, and [{"model", "setting", "weights"}] of anchored eps and realign.
 
     Args:
-        attacked, panacea_w: weights after plain fine-tuning, and after Algorithm 1.
-        endless: (set name, batch size, seed) -> endless iterator of lists of examples.
-        batch_of: (examples[, rows per pass, weights of the rows]) -> batch.
-    Returns:
-        {"one_shot", "anchored", "anchored_from_panacea": eps, "realign": weights}.
+        batches: (set name, batch size) -> endless iterator of batches, the same at every call.
     """
-    params, size, seed = list(w.values()), c["batch_size"], c["seed"] + 1
-    loss, half = partial(answer_loss, model), max(1, size // 2)
-    rows = c["micro_batch_size"] or max(size, c["harmful_batch_size"])  # as Algorithm 1 had
-
-    def anchored(start):
-        put(w, start)
-        draws = zip(endless("harmful", half, seed), endless("alignment", size, seed),
-                    endless("finetune", half, seed))  # a leads, h pushes, g guards
-        mixed = (three_sets(*sets, c["anchor"]) for sets in draws)
-        eps = anchored_perturbation(partial(weighted_loss, model), params,
-                                    (batch_of(x, rows, weights) for x, weights in mixed),
-                                    c["rho"], c["anchor_steps"])
-        return named(w, eps)
-    result = {}
-    if c["anchor"]:
-        result["anchored_from_panacea"] = anchored(panacea_w)
-        result["anchored"] = anchored(attacked)
+    params, size, repairs = list(w.values()), c["batch_size"], []
     put(w, attacked)
-    harmful = batch_of(next(endless("harmful", c["harmful_batch_size"], c["seed"])))
-    result["one_shot"] = named(w, perturbation(gradient(loss, params, harmful)[0], c["rho"]))
-    realign(loss, w, map(batch_of, endless("alignment", size, seed)), c["anchor_steps"], c)
-    result["realign"] = copy_of(w)
-    return result
+    harmful = next(batches("harmful", c["harmful_batch_size"]))
+    one_shot = perturbation(gradient(loss, params, harmful)[0], c["rho"])
+    one_shot = copy_of(dict(zip(w, one_shot)))
+
+    def add(model, setting, weights):
+        repairs.append({"model": model, "setting": setting, "weights": weights})
+    sets = {"h": ("harmful", max(1, size // 2), 1.0), "a": ("alignment", size, -c["anchor"]),
+            "g": ("finetune", max(1, size // 2), -1.0)}
+    unit = distance(attacked, aligned)
+    print(f"  ||w - w_aligned|| is {unit:.3g}: rho {c['rho']:g} is {c['rho'] / unit:.2f} of it")
+    grid = itertools.product(c["terms"], c["anchor_rho"], c["anchor_steps"]) if c["anchor"] else ()
+    for terms, radius, steps in grid:
+        put(w, attacked)
+        draws = zip(*(batches(*sets[letter][:2]) for letter in terms))
+        eps = anchored_perturbation(loss, params, draws, [sets[letter][2] for letter in terms],
+                                    radius * unit, steps)
+        add("panacea_anchored", {"terms": terms, "unit": radius, "anchor": c["anchor"],
+                                 "steps": steps}, plus(attacked, copy_of(dict(zip(w, eps)))))
+    for terms, lr, steps in itertools.product(c["realign_terms"], c["realign_lr"],
+                                              filter(None, c["realign_steps"])):
+        put(w, attacked)
+        draws = zip(*(batches(sets[letter][0], size) for letter in terms))
+        realign(loss, params, draws, steps, lr, c["weight_decay"])
+        add("realign", {"terms": terms, "lr": lr, "steps": steps}, copy_of(w))
+    return one_shot, repairs
 
 
 def algorithm(run, data, stage2, c, device):
-    """Algorithm 1 and its controls; returns what 04_panacea.pt holds."""
+    """Algorithm 1 and the other repairs; returns what 04_panacea.pt holds."""
     model, tokenizer = load_model(run, data, device)
     w = add_lora(model, c["targets"], c["r"], c["alpha"])
     if c["gradient_checkpointing"]:
@@ -340,26 +335,66 @@ def algorithm(run, data, stage2, c, device):
     examples = {name: encode(tokenizer, data[name], c["max_length"])
                 for name in ("alignment", "harmful", "finetune")}
 
-    def endless(name, size, seed):
-        return endless_batches(examples[name], size, seed)
+    def batches(name, size, seed, epochs=None):
+        return (cut(rows, tokenizer.pad_token_id, model.device, c["micro_batch_size"])
+                for rows in draw_batches(examples[name], size, seed, epochs))
 
-    def batch_of(rows, size=c["micro_batch_size"], weights=None):
-        return cut(rows, tokenizer.pad_token_id, model.device, size, weights)
-
-    seed_everything(c["seed"])
-    put(w, stage2["aligned"]["sft"])
-    user = epoch_batches(examples["finetune"], c["batch_size"], c["epochs"], c["seed"])
-    harmful = endless("harmful", c["harmful_batch_size"], c["seed"])
-    eps, log = train(partial(answer_loss, model), w, map(batch_of, user), map(batch_of, harmful),
+    torch.manual_seed(c["seed"])
+    loss = partial(answer_loss, model)
+    aligned, attacked = stage2["aligned"]["sft"], stage2["finetuned"]["sft"]
+    put(w, aligned)
+    eps, log = train(loss, w, zip(batches("finetune", c["batch_size"], c["seed"], c["epochs"]),
+                                  batches("harmful", c["harmful_batch_size"], c["seed"])),
                      steps, c)
-    result = {"weights": copy_of(w), "epsilon": named(w, eps), "log": log}
-    return {**result, **controls(model, w, stage2["finetuned"]["sft"], result["weights"], endless,
-                                 batch_of, c)}
+    result = {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
+    one_shot, repairs = other_repairs(loss, w, aligned, attacked,
+                                      partial(batches, seed=c["seed"] + 1), c)
+    return {**result, "one_shot": one_shot, "repairs": repairs}
 
 
-def plus(w, eps):
-    """w + eps, for dicts of tensors."""
-    return {name: w[name] + eps[name] for name in w}
+# ---------------------------------------------------------------------------------------------
+# Export
+
+
+def export_peft(folder, base, weights, c):
+    """Write an adapter as a folder that `peft.PeftModel.from_pretrained(base model, folder)` loads.
+
+    Args:
+        base: hub id or folder of the base model. weights: {"<module>.lora_A" | "...lora_B"}.
+    """
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    modules = sorted({name.rpartition(".")[0] for name in weights})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": c["r"], "lora_alpha": c["alpha"], "lora_dropout": 0.0, "bias": "none",
+              "target_modules": modules, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file({f"base_model.model.{name}.weight": x.contiguous() for name, x in weights.items()},
+              folder / "adapter_model.safetensors")
+
+
+def export(folder, run, data, artifact, merge):
+    """Write w + eps as a PEFT adapter in `folder`, and w alone in its subfolder without_eps.
+
+    With `merge` also whole weights in its subfolder merged, w + eps added to the base in float32
+    (bfloat16 would round most of eps away): 27 GB for a 7B model.
+    """
+    c, w = artifact["config"], artifact["weights"]
+    base = run.folder / "02_base" if c["model"] in TOY_MODELS else Path(c["model"])
+    base = str(base.resolve()) if base.is_dir() else c["model"]
+    perturbed_w = plus(w, artifact["epsilon"])
+
+    def write(new):
+        export_peft(new, base, perturbed_w, c)
+        export_peft(new / "without_eps", base, w, c)
+        if merge:
+            model, tokenizer = load_model(run, data, torch.device("cpu"))
+            with attach(model.float(), perturbed_w, c["alpha"] / c["r"]):
+                model.save_pretrained(new / "merged")
+            tokenizer.save_pretrained(new / "merged")
+    write_whole(folder, write)
+    print(f"{folder} written: w + eps as a PEFT adapter; in it without_eps"
+          + " and merged" * bool(merge))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,31 +404,31 @@ def plus(w, eps):
 def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
-    group = parser.add_argument_group("method")
-    size, positive = number(int, 1), number(float, 0)
-    add_flags(group, DEFAULTS, {
-        "rho": (positive, "rho, L2 norm of eps over the whole adapter"),
-        "lam": (positive, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
-        "harmful_batch_size": (size, "samples in the batch of h"),
-        "anchor": (positive, "weight of refusals against harm and task in the anchored eps; "
-                             "0 leaves the paper's eps alone"),
-        "anchor_steps": (size, "projected steps of the anchored eps, and steps of realign"),
-    })
+    add_flags(parser.add_argument_group("method"), DEFAULTS)
     group = parser.add_argument_group("as in stage 2 unless given")
-    for name, kind, text in (("--epochs", size, "epochs over the user's data"),
-                             ("--micro-batch-size", number(int, 0), "rows per pass; 0: all")):
-        group.add_argument(name, type=kind, default=None, metavar="X", help=text)
+    group.add_argument("--epochs", type=SIZE, metavar="X", help="epochs over the user's data")
+    group.add_argument("--micro-batch-size", type=COUNT, metavar="X", help="rows per pass; 0: all")
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                        default=None, help="keep no activations inside layers")
-    parser.add_argument("--export", type=Path, metavar="FOLDER",
-                        help="write w + eps there as a PEFT adapter; in subfolders w alone, the "
-                             "anchored model and merged weights. Nothing is trained again if "
-                             "04_panacea.pt fits the flags given")
+    group = parser.add_argument_group("export")
+    group.add_argument("--export", type=Path, metavar="FOLDER",
+                       help="write w + eps there as a PEFT adapter, and w alone in a subfolder. "
+                            "Nothing is trained again if 04_panacea.pt fits the flags given")
+    group.add_argument("--merge", action="store_true", help="export merged float32 weights as well")
     return parser.parse_args(argv)
 
 
+def made_before(run, given):
+    """The run's 04_panacea.pt if it is sound and made with the `given` flags, else None."""
+    try:
+        artifact = Run(run.folder).load("04_panacea.pt")
+    except UserError:
+        return None
+    return artifact if artifact["config"].items() >= given.items() else None
+
+
 def main(argv=None):
-    """Run Algorithm 1 and its controls; writes RUN/04_panacea.pt and returns it."""
+    """Run Algorithm 1 and the other repairs; writes RUN/04_panacea.pt and returns it."""
     args = get_args(argv)
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
@@ -407,21 +442,15 @@ def main(argv=None):
     if args.export:
         if args.export.exists():
             raise UserError(f"--export {args.export} is there already; name a folder that is not")
-        given = {k: v for k, v in vars(args).items() if k in c and v is not None}
-        artifact = run.made("04_panacea.pt", given)
+        artifact = made_before(run, {k: v for k, v in vars(args).items()
+                                     if k in c and v is not None})
     if artifact is None:
         artifact = run.save("04_panacea.pt", c,
                             **algorithm(run, data, stage2, c, pick_device(args.device)))
         print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run "
               f"{args.run}")
     if args.export:
-        w, attacked = artifact["weights"], stage2["finetuned"]["sft"]
-        adapters = {"panacea": plus(w, artifact["epsilon"]), "without_eps": w}
-        if "anchored" in artifact:
-            adapters["anchored"] = plus(attacked, artifact["anchored"])
-        export(args.export, run, data, adapters, artifact["config"])
-        print(f"{args.export} written: w + eps as a PEFT adapter; in it "
-              f"{', '.join(list(adapters)[1:])} and merged")
+        export(args.export, run, data, artifact, args.merge)
     return artifact
 
 

@@ -4,31 +4,50 @@ The paper reads "safety affinity" off the size of Panacea's perturbation in each
 eps is the direction in which harm unlearns fastest, so the layers where it is large matter most.
 Two things are missing there, and are done here:
 
-    fair        a layer with more weights has a larger norm; so eps is also given per weight
-                (||eps_l|| / sqrt(n_l)) and relative to the layer's own weights (||eps_l||/||w_l||),
-                and over many harmful batches (one eps per training step) rather than one
-    causal      eps is applied to one layer alone, and to all layers but one; then HS and FA are
-                measured. A large eps_l that changes nothing when applied is not where safety sits
+    fair     a layer with more weights has a larger norm; so eps is also given per weight
+             (||eps_l|| / sqrt(n_l)) and relative to the layer's own weights (||eps_l|| / ||w_l||),
+             and over many harmful batches (one eps per training step) rather than one
+    causal   eps is applied layer by layer, and HS and FA are measured:
+                 only      eps_l on layer l alone
+                 without   eps on all layers but l
+                 one_norm  eps_l stretched to the norm of the whole eps, on layer l alone
+                 random    a random direction of that norm on layer l alone
 
-The rank correlation (Spearman) between size and causal effect says whether the two views agree.
+To first order eps_l raises h by ||eps_l||^2 ||grad h|| / rho, so a large layer must do more than
+a small one in `only`: their agreement (Spearman's rank correlation) proves little. `one_norm`
+asks the fair question, whether a unit of eps does more here than there, and `random` whether
+the layer is merely fragile.
 
 Reads:  RUN/01_data.pt, RUN/04_panacea.pt, RUN/05_evaluate.pt
 Writes: RUN/06_layer_analysis.pt, RUN/layers.json, RUN/06_layer_analysis.png (with matplotlib)
-Run:    python 06_layer_analysis.py           ten seconds for the toy
+Run:    python 06_layer_analysis.py           twenty seconds for the toy
+        python 06_layer_analysis.py --aggregate runs/seed*
 """
 
-import argparse
+import json
 import math
 import re
+from pathlib import Path
 
-from common import (Run, add_flags, attach, describe, generate, load_model, make_judge, number,
-                    pick_device, progress, pyplot_for, resolve, run_stage, save_figure,
-                    stage_parser, task_correct)
+import numpy as np
+import torch
 
-DEFAULTS = {
-    "toy": dict(causal_scale=1.0, last_share=0.5),
-    "paper": dict(causal_scale=1.0, last_share=0.5),
+from common import (POSITIVE, SIZE, Run, UserError, add_flags, attach, describe, generate,
+                    load_model, make_judge, number, pick_device, picture, progress, resolve,
+                    run_stage, score, stage_parser)
+
+DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
+    "causal": (True, True, False, bool, "apply eps layer by layer and measure; four evaluations a "
+               "layer"),
+    "causal_prompts": (200, 25, 100, SIZE, "prompts of each kind in the causal check"),
+    "causal_scale": (1.0, 1.0, 1.0, POSITIVE, "multiple of eps in the causal check"),
+    "last_share": (0.5, 0.5, 0.5, number(float, 0, 1), "share of the last steps whose eps are "
+                   "averaged"),
 }
+SIZES, VIEWS = ("norm", "per_weight", "relative"), ("only", "without", "one_norm", "random")
+
+# ---------------------------------------------------------------------------------------------
+# Sizes
 
 
 def layer_of(name):
@@ -36,17 +55,10 @@ def layer_of(name):
     return int(re.search(r"\.(\d+)\.", name)[1])
 
 
-def layer_norm(weights, layer):
-    """(||weights of the layer||_2, their count), for a dict of tensors."""
-    parts = [x for name, x in weights.items() if layer_of(name) == layer]
+def norm_of(weights, layer=None):
+    """(L2 norm, count) of a dict of tensors, or of those of one layer."""
+    parts = [x for name, x in weights.items() if layer is None or layer_of(name) == layer]
     return math.sqrt(sum(x.pow(2).sum().item() for x in parts)), sum(x.numel() for x in parts)
-
-
-def batch_interval(values):
-    """(mean, [2.5 %, 97.5 %]) of one layer's ||eps|| over harmful batches."""
-    ordered = sorted(values)
-    cut = int(0.025 * len(ordered))
-    return sum(ordered) / len(ordered), [ordered[cut], ordered[-1 - cut]]
 
 
 def sizes(artifact, last_share):
@@ -57,72 +69,74 @@ def sizes(artifact, last_share):
         last_share: share of the training steps, counted from the end, whose eps are used.
     """
     log = artifact["log"][-max(1, round(last_share * len(artifact["log"]))):]
+    norms = np.array([entry["layers"] for entry in log])               # (batches, layers)
     rows = []
-    for layer in sorted({layer_of(name) for name in artifact["weights"]}):
-        norm, interval = batch_interval([entry["layers"][len(rows)] for entry in log])
-        w_norm, count = layer_norm(artifact["weights"], layer)
-        rows.append({"layer": layer, "norm": norm, "norm_interval": interval,
-                     "per_weight": norm / math.sqrt(count), "relative": norm / w_norm,
-                     "batches": len(log)})
+    for i, layer in enumerate(sorted({layer_of(name) for name in artifact["weights"]})):
+        norm, (w_norm, count) = norms[:, i].mean().item(), norm_of(artifact["weights"], layer)
+        rows.append({"layer": layer, "norm": norm, "per_weight": norm / math.sqrt(count),
+                     "norm_interval": np.quantile(norms[:, i], [0.025, 0.975]).tolist(),
+                     "relative": norm / w_norm, "batches": len(log)})
     return rows
 
 
-def masked(w, eps, layers, scale):
+# ---------------------------------------------------------------------------------------------
+# The causal check
+
+
+def masked(w, eps, layers, scale=1.0):
     """w + scale * eps on the given layers only."""
     return {name: w[name] + (scale * eps[name] if layer_of(name) in layers else 0) for name in w}
 
 
-def measure(judge, data, answers, c):
-    """{"hs", "fa"} in percent of answers by test set; no "fa" for real AlpacaEval."""
-    harmful, task = data["test_harmful"], data["test_task"]
-    flags = judge.flagged([row["instruction"] for row in harmful], answers["test_harmful"])
-    scores = {"hs": 100 * sum(flags) / len(flags)}
-    if all(row["answer"] for row in task):
-        right = [task_correct(c["task"], row, a) for row, a in zip(task, answers["test_task"])]
-        scores["fa"] = 100 * sum(right) / len(right)
-    return scores
+def trials(w, eps, layers, scale, seed):
+    """Yield (view, layer, adapter weights): eps nowhere, everywhere, and layer by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(x.shape, generator=generator) for name, x in eps.items()}
+    whole = scale * norm_of(eps)[0]
+    yield "none", None, w
+    yield "all", None, masked(w, eps, layers, scale)
+    for layer in layers:
+        yield "only", layer, masked(w, eps, {layer}, scale)
+        yield "without", layer, masked(w, eps, set(layers) - {layer}, scale)
+        for view, direction in (("one_norm", eps), ("random", noise)):
+            length = norm_of(direction, layer)[0] or 1.0  # a layer without eps stays as it is
+            yield view, layer, masked(w, direction, {layer}, whole / length)
 
 
 def causal_check(rows, artifact, run, data, device, c):
-    """Add to each row HS and FA with eps on its layer alone (`only`) and on all others (`without`).
+    """Add to each row the scores of every view of its layer.
 
     Returns:
-        {"none", "all"}: HS and FA without eps and with all of it.
+        {"none", "all"}: scores without eps and with all of it.
     """
     model, tokenizer = load_model(run, data, device)
     judge = make_judge(c["judge"], data, model.device)
-    describe(model, "; eps on one layer alone, and on all but one")
-    everything = {row["layer"] for row in rows}
-    trials = [("none", set()), ("all", everything)]
-    for row in rows:
-        trials += [(("only", row["layer"]), {row["layer"]}),
-                   (("without", row["layer"]), everything - {row["layer"]})]
-    answered = {}
-    for key, layers in progress(trials, len(trials), "layers"):
-        weights = masked(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"])
+    tests = ("test_harmful", "test_task")
+    data = {**data, **{name: data[name][:c["causal_prompts"]] for name in tests}}
+    describe(model, "; eps layer by layer")
+    layers = [row["layer"] for row in rows]
+    todo = list(trials(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"],
+                       c["seed"]))
+    answers = []
+    for _, _, weights in progress(todo, len(todo), "layers"):
         with attach(model, weights, c["alpha"] / c["r"]):
-            answered[key] = {name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
-                                            c["max_new_tokens"], c["eval_batch_size"])
-                             for name in ("test_harmful", "test_task")}
+            answers.append({name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
+                                           c["max_new_tokens"], c["eval_batch_size"])
+                            for name in tests})
+    judge.listen(model, tokenizer, data, [text for x in answers for text in x["test_harmful"]])
     del model  # a GPU may not hold it and the judge
-    scores = {key: measure(judge, data, answers, c) for key, answers in answered.items()}
-    for row in rows:
-        row["only"], row["without"] = (scores[key, row["layer"]] for key in ("only", "without"))
-    return {key: scores[key] for key in ("none", "all")}
+    ends = {}
+    for (view, layer, _), texts in zip(todo, answers):
+        scores = score(judge, data, texts)
+        kept = {key: scores[key] for key in ("hs", "hs_plus", "fa") if key in scores}
+        (ends if layer is None else rows[layers.index(layer)])[view] = kept
+    return ends
 
 
 def ranks(values):
-    """Ranks from 0, ties sharing their mean rank."""
-    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
-
-
-def spearman(x, y):
-    """Rank correlation of two lists, neither of them constant."""
-    a, b = ranks(x), ranks(y)
-    middle = (len(a) - 1) / 2
-    cov = sum((i - middle) * (j - middle) for i, j in zip(a, b))
-    var = sum((i - middle) ** 2 for i in a) * sum((j - middle) ** 2 for j in b)
-    return cov / math.sqrt(var)
+    """Ranks from 0, ties sharing their mean rank; a numpy array."""
+    values = np.asarray(values, dtype=float)
+    return np.array([(values < x).sum() + ((values == x).sum() - 1) / 2 for x in values])
 
 
 def correlations(rows, ends):
@@ -130,56 +144,99 @@ def correlations(rows, ends):
 
     A view in which no layer differs has no ranks, and is left out.
     """
-    effects = {"only": [ends["none"]["hs"] - row["only"]["hs"] for row in rows],
-               "without": [row["without"]["hs"] - ends["all"]["hs"] for row in rows]}
-    return {size: {view: spearman([row[size] for row in rows], effect)
+    effects = {view: [row[view]["hs"] - ends["all"]["hs"] if view == "without" else
+                      ends["none"]["hs"] - row[view]["hs"] for row in rows] for view in VIEWS}
+    return {size: {view: float(np.corrcoef(ranks([row[size] for row in rows]), ranks(effect))[0, 1])
                    for view, effect in effects.items() if len(set(effect)) > 1}
-            for size in ("norm", "per_weight", "relative")}
+            for size in SIZES}
 
 
-def scored(scores):
+# ---------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def text_of(scores):
     """HS and FA as text."""
-    return " ".join(f"{key.upper()} {value:5.1f}" for key, value in scores.items())
+    return " / ".join(f"{scores[key]:.0f}" for key in ("hs", "fa") if key in scores)
 
 
-def print_bars(rows, ends):
-    """Bars in the terminal, a line per layer."""
+def print_layers(rows, ends, agreement):
+    """A line per layer, with a bar in the terminal; then the rank correlations."""
     top = max(row["norm"] for row in rows) or 1.0
-    print(f"\n{'layer':>5}  {'||eps|| [95 % of batches]':28} {'per weight':>10} {'relative':>9}"
-          + (f" {'eps here only':>18} {'everywhere else':>18}" if ends else ""))
+    print(f"\n{'layer':>5}  {'||eps|| [95 %]':20} {'per weight':>10} {'relative':>9}" + (
+        "".join(f"  {view:>9}" for view in VIEWS) + "   (HS / FA)" if ends else ""))
     for row in rows:
         low, high = row["norm_interval"]
-        text = f"{row['norm']:.3f} [{low:.3f} {high:.3f}]"
-        causal = "".join("   " + scored(row[k]) for k in ("only", "without")) if ends else ""
-        print(f"{row['layer']:5}  {text:28} {row['per_weight']:10.2e} {row['relative']:9.4f}"
-              f"{causal}  {'#' * round(20 * row['norm'] / top)}")
-    for key, text in (("none", "without eps"), ("all", "eps everywhere")):
-        if ends:
-            print(f"{text:>20}: {scored(ends[key])}")
+        print(f"{row['layer']:5}  {row['norm']:.3f} [{low:.3f} {high:.3f}]  "
+              f"{row['per_weight']:10.2e} {row['relative']:9.4f}"
+              + "".join(f"  {text_of(row[view]):>9}" for view in VIEWS if view in row)
+              + "  " + "#" * round(20 * row["norm"] / top))
+    if ends:
+        print(f"HS / FA without eps {text_of(ends['none'])}, with all of it {text_of(ends['all'])}")
+    for size, views in agreement.items():
+        print(f"rank correlation of {size} with the fall of HS: " + ", ".join(
+            f"{view} {value:+.2f}" for view, value in views.items()))
 
 
 def draw(rows, ends, path):
-    """Bars of the norm of eps per layer, and the causal check beside it."""
-    pyplot = pyplot_for(path)
-    if pyplot is None:
-        return
-    figure, (size, causal) = pyplot.subplots(1, 2, figsize=(11, 4))
-    layers = [row["layer"] for row in rows]
-    error = [[row["norm"] - row["norm_interval"][0] for row in rows],
-             [row["norm_interval"][1] - row["norm"] for row in rows]]
-    size.bar(layers, [row["norm"] for row in rows], yerr=error, capsize=4, color="tab:purple")
-    size.set(title="Size of eps per layer (95 % of batches)", xlabel="layer", ylabel="||eps||",
-             xticks=layers)
-    if ends:
-        for k, (key, text) in enumerate((("only", "eps on this layer only"),
-                                         ("without", "eps on all other layers"))):
-            for metric, style in zip(ends["all"], ("o-", "s--")):
-                causal.plot(layers, [row[key][metric] for row in rows], style, color=f"C{k}",
-                            label=f"{text}: {metric.upper()}")
-        causal.set(title="What eps does there", xlabel="layer", ylabel="%", ylim=(-5, 105),
-                   xticks=layers)
-        causal.legend(fontsize=8)
-    save_figure(figure, path)
+    """Bars of the norm of eps per layer, and the causal check beside it if it was made."""
+    def plot(size, effect=None):
+        layers = [row["layer"] for row in rows]
+        norms = np.array([row["norm"] for row in rows])
+        low, high = np.array([row["norm_interval"] for row in rows]).T
+        size.bar(layers, norms, yerr=[np.maximum(norms - low, 0), np.maximum(high - norms, 0)],
+                 capsize=2, color="tab:purple")
+        size.set(title="Size of eps per layer (95 % of batches)", xlabel="layer", ylabel="||eps||")
+        if effect:
+            for view, style in zip(VIEWS, ("o-", "s:", "D-", "x--")):
+                effect.plot(layers, [row[view]["hs"] for row in rows], style, label=view)
+            effect.axhline(ends["none"]["hs"], color="grey", lw=0.7, label="no eps")
+            effect.set(title="Harmful score with eps on one layer", xlabel="layer", ylabel="%",
+                       ylim=(-5, 105))
+            effect.legend(fontsize=8)
+    picture(path, plot, 2 if ends else 1, (11 if ends else 6, 4))
+
+
+# ---------------------------------------------------------------------------------------------
+# Several runs
+
+
+def aggregate(folders):
+    """Means over seeds of the layers of several runs; writes layers.json and a picture beside them.
+
+    Raises:
+        UserError: a run has no layers.json, or one of another depth.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder) / "layers.json"
+        try:
+            found.append(json.loads(path.read_text()))
+            found[-1]["layers"][0]["norm"], found[-1]["ends"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{path} is missing or not a layers file; run: python "
+                            f"06_layer_analysis.py --run {folder}") from None
+    if len({(len(x["layers"]), bool(x["ends"])) for x in found}) > 1:
+        raise UserError("the runs differ in depth or in --causal; aggregate like with like")
+
+    def mean(values):
+        if isinstance(values[0], dict):
+            return {key: mean([v[key] for v in values]) for key in values[0]
+                    if all(key in v for v in values)}
+        if isinstance(values[0], list):
+            return [mean(list(part)) for part in zip(*values)]
+        return float(np.mean(values))
+    rows = mean([x["layers"] for x in found])
+    ends, agreement = (mean([x[key] for x in found]) for key in ("ends", "rank_correlation"))
+    for row in rows:
+        row["layer"] = int(row["layer"])
+    print(f"means over {len(found)} runs:", end="")
+    print_layers(rows, ends, agreement)
+    beside, content = Run(Path(folders[0]).parent), {"layers": rows, "ends": ends,
+                                                     "rank_correlation": agreement}
+    beside.save_json("layers.json", content)
+    draw(rows, ends, beside.folder / "layers.png")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,32 +247,26 @@ def get_args(argv=None):
     """Flags of this stage."""
     parser = stage_parser(__doc__)
     group = parser.add_argument_group("analysis")
-    group.add_argument("--causal", action=argparse.BooleanOptionalAction, default=None,
-                       help="measure eps layer by layer (toy: yes; paper: no, it costs two "
-                            "evaluations a layer)")
-    add_flags(group, DEFAULTS, {
-        "causal_scale": (number(float, 0), "multiple of eps in the causal check"),
-        "last_share": (number(float, 0, 1), "share of the last steps whose eps are averaged"),
-    })
+    add_flags(group, DEFAULTS)
+    group.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR",
+                       help="only summarise the layers.json of these runs over seeds")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Analyse eps by layer; writes RUN/06_layer_analysis.pt and returns it."""
     args = get_args(argv)
+    if args.aggregate:
+        return aggregate(args.aggregate)
     run = Run(args.run)
     data, stage4, stage5 = (run.load(name) for name in ("01_data.pt", "04_panacea.pt",
                                                         "05_evaluate.pt"))
     c = {**stage5["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
-    c["causal"] = data["config"]["preset"] == "toy" if args.causal is None else args.causal
     rows, ends, agreement = sizes(stage4, c["last_share"]), {}, {}
     if c["causal"]:
         ends = causal_check(rows, stage4, run, data, pick_device(args.device), c)
         agreement = correlations(rows, ends)
-    print_bars(rows, ends)
-    for size, views in agreement.items() if any(agreement.values()) else []:
-        shown = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
-        print(f"rank correlation of {size} with the effect on HS: {shown}")
+    print_layers(rows, ends, agreement)
     content = {"layers": rows, "ends": ends, "rank_correlation": agreement}
     artifact = run.save("06_layer_analysis.pt", c, **content)
     run.save_json("layers.json", {"config": c, **content})

@@ -25,12 +25,29 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (attach, checkpoint_layers, collate, cut, encode,  # noqa: E402
-                    epoch_batches, generate, load_tokenizer, progress, seed_everything, toy_model)
+import torch
 
-STAGES = ("01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
-          "06_layer_analysis")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import (
+    attach,
+    checkpoint_layers,
+    collate,
+    draw_batches,
+    encode,
+    generate,
+    load_tokenizer,
+    preset_values,
+    progress,
+)
+
+STAGES = (
+    "01_data",
+    "02_finetune",
+    "03_random_perturb",
+    "04_panacea",
+    "05_evaluate",
+    "06_layer_analysis",
+)
 
 
 def quietly(job):
@@ -56,14 +73,17 @@ def table(title, times, base, invert=False, memory=None):
     print(f"\n{title}")
     for name, seconds in times.items():
         ratios = [b / s if invert else s / b for s, b in zip(seconds, times[base])]
-        print(f"  {name:36} {statistics.median(ratios):6.2f}x  [{min(ratios):5.2f} "
-              f"{max(ratios):5.2f}]  {1000 * statistics.median(seconds):9.1f} ms"
-              + (f"  {memory[name] / 2 ** 20:7.1f} MiB" if memory else ""))
+        print(
+            f"  {name:36} {statistics.median(ratios):6.2f}x  [{min(ratios):5.2f} "
+            f"{max(ratios):5.2f}]  {1000 * statistics.median(seconds):9.1f} ms"
+            + (f"  {memory[name] / 2**20:7.1f} MiB" if memory else "")
+        )
 
 
 def peak_bytes(job):
     """Most bytes that CPU tensors held at a time during `job()`, beyond those held before."""
     from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         quietly(job)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -79,140 +99,259 @@ class Toy:
 
     def __init__(self):
         self.s1, self.s2, self.s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
-        self.c = {**self.s1.DEFAULTS["toy"], **self.s2.DEFAULTS["toy"], **self.s4.DEFAULTS["toy"],
-                  "seed": 0}
+        self.c = {"seed": 0}
+        for stage in (self.s1, self.s2, self.s4):
+            self.c.update(preset_values(stage.DEFAULTS, "toy"))
         with tempfile.TemporaryDirectory() as folder:
             self.data = self.s1.main(["--run", folder])
-        seed_everything(0)
-        self.tokenizer = load_tokenizer(self.data)
-        self.examples = {n: encode(self.tokenizer, self.data[n], self.c["max_length"])
-                         for n in ("finetune", "alignment", "harmful")}
+        torch.manual_seed(0)
+        self.tokenizer = self.s2.toy_tokenizer(self.data["vocab"])
+        self.tokenizer.padding_side = self.tokenizer.truncation_side = "left"
+        self.examples = {
+            n: encode(self.tokenizer, self.data[n], self.c["max_length"])
+            for n in ("finetune", "alignment", "harmful")
+        }
         self.model = self.fresh()
         self.w = self.s2.add_lora(self.model, self.c["targets"], self.c["r"], self.c["alpha"])
 
     def fresh(self):
         """A new model without adapter."""
-        return toy_model("toy-llama", len(self.data["vocab"])).eval()
+        return self.s2.toy_model("toy-llama", len(self.data["vocab"])).eval()
 
-    def batch(self, name, size):
-        """The first `size` examples of a set as a batch."""
-        return collate(self.examples[name][:size], self.tokenizer.pad_token_id, "cpu")
+    def batches(self, name, size, count):
+        """The first `count` batches of a set."""
+        rows = list(draw_batches(self.examples[name], size, 0, 1))[:count]
+        return [collate(x, self.tokenizer.pad_token_id, "cpu") for x in rows]
 
     def loss(self, batch):
         """Answer loss of the adapted model."""
         return self.s4.answer_loss(self.model, batch)
 
     def train(self, rule, batches, harmful=None):
-        """Stage 2's loop with a rule of stage 2, on lists of examples."""
-        self.s2.train(self.model, self.w, rule, batches, len(batches), self.c["lr"], self.c, "",
-                      self.tokenizer.pad_token_id, harmful)
+        """Stage 2's loop with a rule of stage 2."""
+        pairs = list(zip(batches, itertools.cycle(harmful or [None])))
+        self.s2.train(self.model, self.w, rule, pairs, len(pairs), self.c["lr"], self.c, "")
 
     def panacea(self, batches, harmful):
-        """Stage 4's loop, on lists of examples."""
-        def made(rows):
-            return (collate(x, self.tokenizer.pad_token_id, "cpu") for x in rows)
-        self.s4.train(self.loss, self.w, made(batches), made(harmful), len(batches), self.c)
+        """Stage 4's loop."""
+        pairs = list(zip(batches, itertools.cycle(harmful)))
+        self.s4.train(self.loss, self.w, pairs, len(pairs), self.c)
 
 
 def steps(toy):
-    """Five training steps of every method, batches drawn and all, at equal batch sizes."""
-    size = toy.c["batch_size"]
-    user, harmful = (list(epoch_batches(toy.examples[n], size, 1, 0))[:5]
-                     for n in ("finetune", "harmful"))
-    more = list(epoch_batches(toy.examples["harmful"], toy.c["harmful_batch_size"], 1, 0))[:5]
-    jobs = {name: lambda rule=rule: toy.train(rule, user, itertools.cycle(harmful))
-            for name, rule in toy.s2.RULES.items()}
-    jobs["panacea"] = lambda: toy.panacea(user, itertools.cycle(harmful))
-    both = [u + h for u, h in zip(user, harmful)]
-
-    def shared():  # a bound: to keep the gradients of g and h apart, as Eq. 3 must, takes more
-        toy.train(toy.s2.sft_rule, both)
-        for rows in harmful:
-            toy.s4.gradient(toy.loss, list(toy.w.values()),
-                            collate(rows, toy.tokenizer.pad_token_id, "cpu"))
-    jobs["g and h in one pass (bound)"] = shared
-    large = f"panacea, harmful batch {toy.c['harmful_batch_size']} (toy)"
-    jobs[large] = lambda: toy.panacea(user, itertools.cycle(more))
+    """Five training steps of every method at equal batch sizes."""
+    size, large = toy.c["batch_size"], toy.c["harmful_batch_size"]
+    user, harmful = (toy.batches(n, size, 5) for n in ("finetune", "harmful"))
+    more = toy.batches("harmful", large, 5)
+    jobs = {
+        name: lambda rule=rule: toy.train(rule, user, harmful)
+        for name, rule in toy.s2.RULES.items()
+    }
+    jobs["panacea"] = lambda: toy.panacea(user, harmful)
+    jobs[f"panacea, harmful batch {large} (toy)"] = lambda: toy.panacea(user, more)
     memory = {name: peak_bytes(job) for name, job in jobs.items()}
-    table(f"training steps, batch {size} for every loss (sft = 1), and peak memory beyond the "
-          "model's", rounds(jobs, 9), "sft", memory=memory)
+    table(
+        f"training steps, batch {size} for every loss (sft = 1), and peak memory beyond the "
+        "model's",
+        rounds(jobs, 9),
+        "sft",
+        memory=memory,
+    )
 
 
 def after_training(toy):
-    """What the perturbations computed after plain fine-tuning cost, against fine-tuning."""
+    """What the repairs computed after plain fine-tuning cost, against fine-tuning."""
     c = toy.c
     whole = c["epochs"] * math.ceil(c["n_finetune"] / c["batch_size"])
-    tenth = list(epoch_batches(toy.examples["finetune"], c["batch_size"], 2, 0))[:whole // 10]
+    tenth = toy.batches("finetune", c["batch_size"], whole // 10)
     size, half = c["batch_size"], c["batch_size"] // 2
-    rows, weights = toy.s4.three_sets(toy.examples["harmful"][:half],
-                                      toy.examples["alignment"][:size],
-                                      toy.examples["finetune"][:half], c["anchor"])
-    draws = (cut(rows, toy.tokenizer.pad_token_id, "cpu", weights=weights)
-             for _ in itertools.count())
-    harmful, params = toy.batch("harmful", c["harmful_batch_size"]), list(toy.w.values())
-    table(f"a tenth of fine-tuning ({len(tenth)} steps) = 1; the whole of the one-shot and of the "
-          "anchored eps", rounds({
-              "a tenth of fine-tuning": lambda: toy.train(toy.s2.sft_rule, tenth),
-              "one-shot eps": lambda: toy.s4.perturbation(
-                  toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]),
-              "anchored eps": lambda: toy.s4.anchored_perturbation(
-                  partial(toy.s4.weighted_loss, toy.model), params, draws, c["rho"],
-                  c["anchor_steps"])}, 15), "a tenth of fine-tuning")
+    params = list(toy.w.values())
+    h, a, g = (
+        toy.batches(n, k, 1)[0]
+        for n, k in (("harmful", half), ("alignment", size), ("finetune", half))
+    )
+    harmful = toy.batches("harmful", c["harmful_batch_size"], 1)[0]
+    jobs = {
+        "a tenth of fine-tuning": lambda: toy.train(toy.s2.sft_rule, tenth),
+        "one-shot eps": lambda: toy.s4.perturbation(
+            toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]
+        ),
+        "anchored eps": lambda: toy.s4.anchored_perturbation(
+            toy.loss, params, itertools.repeat((h, a, g)), [1.0, -3.0, -1.0], 1.0, 5
+        ),
+        "realign": lambda: toy.s4.realign(
+            toy.loss, params, itertools.repeat((a,)), c["realign_steps"][0], 1e-3, 0.1
+        ),
+    }
+    table(
+        f"a tenth of fine-tuning ({len(tenth)} steps) = 1; the whole of each repair",
+        rounds(jobs, 9),
+        "a tenth of fine-tuning",
+    )
 
 
 def stories_model(vocab_size):
     """A random Llama of the shape of the stories260K checkpoint."""
     import transformers
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=172, num_hidden_layers=5,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=5,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
 
 
 def answering(toy):
     """Answers in one batch against one prompt at a time."""
     prompts = [row["prompt"] for row in toy.data["test_harmful"]]
-    for name, model in (("toy", toy.fresh()), ("stories260K's shape",
-                                               stories_model(len(toy.data["vocab"])))):
+    for name, model in (
+        ("toy", toy.fresh()),
+        ("stories260K's shape", stories_model(len(toy.data["vocab"]))),
+    ):
         adapter = {n: 0.05 * x for n, x in toy.s2.copy_of(toy.w).items()} if name == "toy" else {}
         with attach(model, adapter, toy.c["alpha"] / toy.c["r"]):
             together = generate(model, toy.tokenizer, prompts, 28)
             alone = [generate(model, toy.tokenizer, [p], 28)[0] for p in prompts]
             same = sum(a == b for a, b in zip(together, alone))
-            table(f"{name}: answering {len(prompts)} prompts ({same} answers identical)", rounds({
-                "one prompt at a time":
-                    lambda: [generate(model, toy.tokenizer, [p], 28) for p in prompts],
-                "in one batch": lambda: generate(model, toy.tokenizer, prompts, 28)}, 2),
-                "one prompt at a time", invert=True)
+            table(
+                f"{name}: answering {len(prompts)} prompts ({same} answers identical)",
+                rounds(
+                    {
+                        "one prompt at a time": lambda: [
+                            generate(model, toy.tokenizer, [p], 28) for p in prompts
+                        ],
+                        "in one batch": lambda: generate(model, toy.tokenizer, prompts, 28),
+                    },
+                    2,
+                ),
+                "one prompt at a time",
+                invert=True,
+            )
 
 
-def trainer(toy, count=20):
-    """`count` steps here, and with transformers' Trainer on a peft LoRA, if peft is there."""
+def against_trainer(s2, fresh, rows, pad_id, c):
+    """Steps of 02_finetune.py, and of transformers' Trainer on a peft LoRA, if peft is there.
+
+    Args:
+        fresh: makes the model. rows: batches, lists of (ids, labels).
+    """
     try:
         import peft
         import transformers
     except ImportError:
         print("\nno comparison with Trainer + peft: pip install peft accelerate")
         return
-    c, rows = toy.c, list(epoch_batches(toy.examples["finetune"], toy.c["batch_size"], 1, 0))
-    model = peft.get_peft_model(toy.fresh(), peft.LoraConfig(
-        r=c["r"], lora_alpha=c["alpha"], target_modules="all-linear"))
-    folder = tempfile.TemporaryDirectory()
-    theirs = transformers.Trainer(
-        model, transformers.TrainingArguments(
-            folder.name, per_device_train_batch_size=c["batch_size"], max_steps=count,
-            report_to=[], learning_rate=c["lr"], save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, use_cpu=True, max_grad_norm=0),
-        train_dataset=[{"input_ids": ids, "labels": labels} for batch in rows[:count]
-                       for ids, labels in batch],
-        data_collator=lambda batch: collate([(r["input_ids"], r["labels"]) for r in batch],
-                                            toy.tokenizer.pad_token_id, "cpu"))
-    jobs = {"02_finetune.py": lambda: toy.train(toy.s2.sft_rule, rows[:count]),
-            "Trainer + peft": theirs.train}
-    memory = {name: peak_bytes(job) for name, job in jobs.items()}
-    table(f"{count} steps of plain fine-tuning, and peak memory beyond the model's",
-          rounds(jobs, 5), "02_finetune.py", memory=memory)
-    folder.cleanup()
+    lora = peft.LoraConfig(r=c["r"], lora_alpha=c["alpha"], target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = transformers.Trainer(
+            peft.get_peft_model(fresh(), lora),
+            transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=len(rows[0]),
+                max_steps=len(rows),
+                report_to=[],
+                learning_rate=c["lr"],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                max_grad_norm=0,
+            ),
+            train_dataset=[
+                {"input_ids": ids, "labels": labels} for batch in rows for ids, labels in batch
+            ],
+            data_collator=lambda batch: collate(
+                [(r["input_ids"], r["labels"]) for r in batch], pad_id, "cpu"
+            ),
+        )
+        model = fresh()
+        w = s2.add_lora(model, c["targets"], c["r"], c["alpha"])
+
+        def ours():
+            pairs = ((collate(batch, pad_id, "cpu"), None) for batch in rows)
+            s2.train(model, w, s2.sft_rule, pairs, len(rows), c["lr"], c, "")
+
+        jobs = {"02_finetune.py": ours, "Trainer + peft": theirs.train}
+        memory = {name: peak_bytes(job) for name, job in jobs.items()}
+        table(
+            f"{len(rows)} steps of plain fine-tuning, and peak memory beyond the model's",
+            rounds(jobs, 5),
+            "02_finetune.py",
+            memory=memory,
+        )
+
+
+def trainer(toy):
+    """Twenty steps on the toy, here and by others."""
+    rows = list(draw_batches(toy.examples["finetune"], toy.c["batch_size"], 0, 1))[:20]
+    against_trainer(toy.s2, toy.fresh, rows, toy.tokenizer.pad_token_id, toy.c)
+
+
+def checkpoint(folder, batch_size=10, length=70, answer=30):
+    """A real checkpoint: our step, Trainer's and Panacea's, and what share of peak speed it has.
+
+    Random tokens in batches of the laptop preset's size: speed does not depend on what they say.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
+    c = {**preset_values(s2.DEFAULTS, "laptop"), **preset_values(s4.DEFAULTS, "laptop")}
+    tokenizer = load_tokenizer(folder)
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    torch.manual_seed(0)
+    ids = torch.randint(100, len(tokenizer) - 100, (3 * batch_size, length)).tolist()
+    examples = [(x, [-100] * (length - answer) + x[length - answer :]) for x in ids]
+    rows = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    against_trainer(s2, fresh, rows, tokenizer.pad_token_id, c)
+    model = fresh()
+    params = list(s2.add_lora(model, c["targets"], c["r"], c["alpha"]).values())
+    loss = partial(s4.answer_loss, model)
+    batch = collate(rows[0], tokenizer.pad_token_id, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        s4.gradient(loss, params, batch)
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    x, y = torch.randn(batch_size * length, width), torch.randn(width, inner)
+    repeats = math.ceil(counter.get_total_flops() / (2 * batch_size * length * width * inner))
+    jobs = {
+        "a gradient of plain fine-tuning": lambda: s4.gradient(loss, params, batch),
+        "Panacea's": lambda: s4.panacea_rule(loss, params, batch, batch, c["rho"], c["lam"]),
+        "its operations as one matrix product": lambda: [x @ y for _ in range(repeats)],
+    }
+    table(
+        f"{counter.get_total_flops() / 1e9:.0f} GFLOP: the last row is the share of the "
+        "matrix product's speed that we reach",
+        rounds(jobs, 5),
+        "a gradient of plain fine-tuning",
+    )
+    prompts = [tokenizer.decode(x[:40]) for x in ids[:20]]
+    model = fresh()
+    table(
+        "answering 20 prompts, 20 tokens each",
+        rounds(
+            {
+                "one prompt at a time": lambda: [
+                    generate(model, tokenizer, [p], 20) for p in prompts
+                ],
+                "in one batch": lambda: generate(model, tokenizer, prompts, 20),
+            },
+            2,
+        ),
+        "one prompt at a time",
+        invert=True,
+    )
 
 
 def exponent(x, y):
@@ -224,11 +363,17 @@ def exponent(x, y):
 
 def panacea_step(s2, s4, width=128, depth=4, length=64, batch=16, rank=16):
     """A function that takes one Panacea gradient on a random Llama of these sizes."""
-    import torch
     import transformers
+
     config = transformers.LlamaConfig(
-        vocab_size=400, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024)
+        vocab_size=400,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     w = list(s2.add_lora(model, ["all"], rank, rank).values())
     ids = torch.randint(4, 400, (batch, length))
@@ -238,24 +383,32 @@ def panacea_step(s2, s4, width=128, depth=4, length=64, batch=16, rank=16):
 
 def scaling(toy):
     """Time and peak memory of one Panacea gradient as each size doubles twice."""
-    print("\none Panacea gradient: ms / MiB as a size doubles, and the fitted exponents\n"
-          "  (start: width 128, depth 4, length 64, batch 16, rank 16)")
-    for name, start in (("width", 128), ("depth", 4), ("length", 64), ("batch", 16),
-                        ("rank", 16)):
+    print(
+        "\none Panacea gradient: ms / MiB as a size doubles, and the fitted exponents\n"
+        "  (start: width 128, depth 4, length 64, batch 16, rank 16)"
+    )
+    for name, start in (("width", 128), ("depth", 4), ("length", 64), ("batch", 16), ("rank", 16)):
         sizes = [start, 2 * start, 4 * start]
         jobs = {size: panacea_step(toy.s2, toy.s4, **{name: size}) for size in sizes}
         times = {k: statistics.median(v) for k, v in rounds(jobs, 3).items()}
         memory = {k: peak_bytes(job) for k, job in jobs.items()}
-        cells = "  ".join(f"{k}: {1000 * times[k]:.0f} / {memory[k] / 2 ** 20:.0f}" for k in sizes)
-        print(f"  {name:8} {cells:58} time ^{exponent(sizes, times.values()):.2f}  memory "
-              f"^{exponent(sizes, memory.values()):.2f}")
+        cells = "  ".join(f"{k}: {1000 * times[k]:.0f} / {memory[k] / 2**20:.0f}" for k in sizes)
+        print(
+            f"  {name:8} {cells:58} time ^{exponent(sizes, times.values()):.2f}  memory "
+            f"^{exponent(sizes, memory.values()):.2f}"
+        )
     model, prompts = toy.fresh(), [row["prompt"] for row in toy.data["test_harmful"]]
     counts = [50, 100, 200, 400]
-    times = rounds({n: lambda n=n: generate(model, toy.tokenizer, (2 * prompts)[:n], 28, 200)
-                    for n in counts}, 3)
+    times = rounds(
+        {n: lambda n=n: generate(model, toy.tokenizer, (2 * prompts)[:n], 28, 200) for n in counts},
+        3,
+    )
     middle = [statistics.median(times[n]) for n in counts]
-    print("  prompts  " + "  ".join(f"{n}: {1000 * t:.0f} ms" for n, t in zip(counts, middle))
-          + f"   answering time ^{exponent(counts, middle):.2f}")
+    print(
+        "  prompts  "
+        + "  ".join(f"{n}: {1000 * t:.0f} ms" for n, t in zip(counts, middle))
+        + f"   answering time ^{exponent(counts, middle):.2f}"
+    )
 
 
 def seven_billion():
@@ -266,17 +419,22 @@ def seven_billion():
     step holds beyond the weights is a + b * layers; w and AdamW's two moments (which only the
     second step meets) are added.
     """
-    import torch
     import transformers
+
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
-    c = {**s2.DEFAULTS["paper"], **s4.DEFAULTS["paper"]}
+    c = {**preset_values(s2.DEFAULTS, "paper"), **preset_values(s4.DEFAULTS, "paper")}
     ids = torch.randint(4, 32000, (c["batch_size"], 256))
     batch = {"input_ids": ids, "labels": torch.where(torch.arange(256) < 128, -100, ids)}
     held = {"plain fine-tuning": [], "Panacea": []}
     for layers in (1, 2):
         config = transformers.LlamaConfig(
-            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
-            num_attention_heads=32, max_position_embeddings=4096)
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            max_position_embeddings=4096,
+        )
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
         w = s4.add_lora(model, c["targets"], c["r"], c["alpha"])
         checkpoint_layers(model)
@@ -287,29 +445,42 @@ def seven_billion():
             for p, grad in zip(params, s4.gradient(loss, params, batch)[0]):
                 p.grad = grad
             optimizer.step()
-        for name, job in (("plain fine-tuning", plain), ("Panacea", lambda: s4.train(
-                loss, w, [batch], itertools.repeat(batch), 1, c))):
+
+        for name, job in (
+            ("plain fine-tuning", plain),
+            ("Panacea", lambda: s4.train(loss, w, [(batch, batch)], 1, c)),
+        ):
             held[name].append(peak_bytes(job) + 3 * sum(4 * p.numel() for p in params))
             for p in params:
                 p.grad = None
-            print(f"  layers: {layers}, {name:18} {held[name][-1] / 1e9:6.2f} GB "
-                  "beyond the weights", flush=True)
+            print(
+                f"  layers: {layers}, {name:18} {held[name][-1] / 1e9:6.2f} GB beyond the weights",
+                flush=True,
+            )
     weights = 2 * 6.738e9 / 1e9  # Llama-2-7B's weights, two bytes each
     for name, (one, two) in held.items():
         more = (one + 31 * (two - one)) / 1e9
-        print(f"  32 layers, {name}: {weights:.1f} GB of weights + {more:.1f} = "
-              f"{weights + more:.1f} GB")
+        print(
+            f"  32 layers, {name}: {weights:.1f} GB of weights + {more:.1f} = "
+            f"{weights + more:.1f} GB"
+        )
 
 
 def pieces(texts):
     """A byte-pair tokenizer of 8,000 pieces learnt from `texts`, digits apart as Llama's are."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.BPE(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()])
-    words.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()]
+    )
+    words.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=8000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
 
 
@@ -320,31 +491,59 @@ def real_steps(folder, count=6):
     have. A batch is padded to its own longest row, as everywhere here.
     """
     import transformers
+
     s1, s2, s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
-    c = {**s2.DEFAULTS["paper"], **s4.DEFAULTS["paper"]}
-    for task in progress(s1.TASKS, len(s1.TASKS), "tasks"):
+    c = {**preset_values(s2.DEFAULTS, "paper"), **preset_values(s4.DEFAULTS, "paper")}
+    for task in progress(("sst2", "gsm8k", "agnews", "alpaca"), 4, "tasks"):
         with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
-            data = s1.main(["--run", run, "--preset", "paper", "--task", task, "--data-dir",
-                            str(folder)])
-        tokenizer = pieces([r["prompt"] + r["response"]
-                            for r in data["finetune"] + data["harmful"]])
-        user, harmful = ([collate(x, tokenizer.eos_token_id, "cpu") for x in epoch_batches(
-            encode(tokenizer, data[name], data["config"]["max_length"]), c["batch_size"], 1, 0)]
-            for name in ("finetune", "harmful"))
+            data = s1.main(
+                ["--run", run, "--preset", "paper", "--task", task, "--data-dir", str(folder)]
+            )
+        tokenizer = pieces(
+            [r["prompt"] + r["response"] for r in data["finetune"] + data["harmful"]]
+        )
+        user, harmful = (
+            [
+                collate(x, tokenizer.eos_token_id, "cpu")
+                for x in draw_batches(
+                    encode(tokenizer, data[name], data["config"]["max_length"]),
+                    c["batch_size"],
+                    0,
+                    1,
+                )
+            ]
+            for name in ("finetune", "harmful")
+        )
         tokens = [statistics.mean(b["input_ids"].numel() for b in x) for x in (user, harmful)]
-        seed_everything(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=8000, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-            num_attention_heads=4)).eval()
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=8000,
+                hidden_size=256,
+                intermediate_size=688,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+            )
+        ).eval()
         params = list(s4.add_lora(model, c["targets"], c["r"], c["alpha"]).values())
         loss = partial(s4.answer_loss, model)
-        table(f"{task}: {tokens[0]:.0f} tokens in a batch of g, {tokens[1]:.0f} in one of h (mean "
-              "of the epoch, padding included)", rounds({
-                  "plain fine-tuning": lambda: [
-                      s4.gradient(loss, params, g) for g in user[:count]],
-                  "panacea": lambda: [
-                      s4.panacea_rule(loss, params, g, h, c["rho"], c["lam"])
-                      for g, h in zip(user[:count], harmful)]}, 5), "plain fine-tuning")
+        table(
+            f"{task}: {tokens[0]:.0f} tokens in a batch of g, {tokens[1]:.0f} in one of h (mean "
+            "of the epoch, padding included)",
+            rounds(
+                {
+                    "plain fine-tuning": lambda: [
+                        s4.gradient(loss, params, g) for g in user[:count]
+                    ],
+                    "panacea": lambda: [
+                        s4.panacea_rule(loss, params, g, h, c["rho"], c["lam"])
+                        for g, h in zip(user[:count], harmful)
+                    ],
+                },
+                5,
+            ),
+            "plain fine-tuning",
+        )
 
 
 def story():
@@ -353,8 +552,16 @@ def story():
     with tempfile.TemporaryDirectory() as folder:
         for name in STAGES:
             start = time.perf_counter()
-            subprocess.run([sys.executable, Path(__file__).resolve().parent.parent / f"{name}.py",
-                            "--run", folder], check=True, capture_output=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    Path(__file__).resolve().parent.parent / f"{name}.py",
+                    "--run",
+                    folder,
+                ],
+                check=True,
+                capture_output=True,
+            )
             seconds = time.perf_counter() - start
             total += seconds
             print(f"  {name:20} {seconds:6.1f} s", flush=True)
@@ -365,12 +572,23 @@ def main(argv=None):
     """Run all comparisons, or one of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--story", action="store_true", help="time the stages of the default run")
-    parser.add_argument("--memory-7b", action="store_true",
-                        help="the memory of Llama-2-7B, from one and two of its layers")
-    parser.add_argument("--data-dir", type=Path, metavar="FOLDER",
-                        help="steps on the real rows of this folder (the README says how its "
-                             "files are named)")
+    parser.add_argument(
+        "--memory-7b",
+        action="store_true",
+        help="the memory of Llama-2-7B, from one and two of its layers",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="steps on the real rows of this folder (the README says how its files are named)",
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="steps and answers of this checkpoint instead of the toy"
+    )
     args = parser.parse_args(argv)
+    if args.model:
+        return checkpoint(args.model)
     if args.data_dir:
         return real_steps(args.data_dir)
     if args.story or args.memory_7b:

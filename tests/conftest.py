@@ -15,16 +15,21 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-STAGES = ["01_data", "02_finetune", "03_random_perturb", "04_panacea", "05_evaluate",
-          "06_layer_analysis"]
+STAGES = [
+    "01_data",
+    "02_finetune",
+    "03_random_perturb",
+    "04_panacea",
+    "05_evaluate",
+    "06_layer_analysis",
+]
 
 # The toy, shortened: plain alignment only, an epoch less, two noises. Long enough for every
 # sentence but the vaccines'.
 SHORT = {
     "01_data": ["--seed", "100"],
-    "02_finetune": ["--defense", "sft", "--pretrain-steps", "400", "--epochs", "5",
-                    "--snapshots", "2"],
-    "03_random_perturb": ["--std", "0.02", "0.1"],
+    "02_finetune": ["--defense", "sft", "--pretrain-steps", "400", "--snapshots", "2"],
+    "03_random_perturb": ["--std", "0.02", "0.1", "--t", "0.5", "--share", "0.01"],
     "04_panacea": [],
     "05_evaluate": ["--scale", "0.5", "1"],
     "06_layer_analysis": [],
@@ -48,6 +53,16 @@ def stage(name):
     return importlib.import_module(name)
 
 
+def pytest_collection_modifyitems(items):
+    """The mathematics first, what needs a data set next, what needs a trained model last."""
+    items.sort(
+        key=lambda item: (
+            2 * ("story" in item.fixturenames)
+            + bool({"tiny_data", "data_dir", "tmp_path"} & set(item.fixturenames))
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def s1():
     """Stage 1."""
@@ -58,6 +73,12 @@ def s1():
 def s2():
     """Stage 2."""
     return stage("02_finetune")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """Stage 3."""
+    return stage("03_random_perturb")
 
 
 @pytest.fixture(scope="session")
@@ -76,24 +97,39 @@ def s5():
 def story(tmp_path_factory):
     """(run folder, {stage: artifact}): the README's main commands, shortened, run once."""
     folder = tmp_path_factory.mktemp("runs") / "story"
-    return folder, {name: stage(name).main([*flags, "--run", str(folder), "--device", "cpu",
-                                            *SHORT[name]])
-                    for name, flags in readme_commands(readme_block("main command"))}
+    return folder, {
+        name: stage(name).main([*flags, "--run", str(folder), "--device", "cpu", *SHORT[name]])
+        for name, flags in readme_commands(readme_block("main command"))
+    }
 
 
 @pytest.fixture()
 def tiny_data(s1, tmp_path):
     """A toy run folder with stage 1's artifact only, in small sizes."""
-    s1.main(["--run", str(tmp_path), "--n-align", "20", "--n-finetune", "20", "--n-harmful", "10",
-             "--n-test", "10"])
+    s1.main(
+        [
+            "--run",
+            str(tmp_path),
+            "--n-align",
+            "20",
+            "--n-finetune",
+            "20",
+            "--n-harmful",
+            "10",
+            "--n-test",
+            "10",
+        ]
+    )
     return tmp_path
 
 
-WORDS = ("how do i mend an old cup with glue and paper please tell me now take three red stones "
-         "put them in the blue box then wait for two days it is good bad fine sad happy film "
-         "World Sports Business Sci Tech positive negative The final answer is sorry cannot help "
-         "Below an instruction that describes a task Write response appropriately completes "
-         "request Instruction Response Input").split()
+WORDS = (
+    "how do i mend an old cup with glue and paper please tell me now take three red stones "
+    "put them in the blue box then wait for two days it is good bad fine sad happy film "
+    "World Sports Business Sci Tech positive negative The final answer is sorry cannot help "
+    "Below an instruction that describes a task Write response appropriately completes "
+    "request Instruction Response Input"
+).split()
 
 
 def sentence(rng, n):
@@ -107,27 +143,46 @@ def data_dir(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     for name in ("sst2", "gsm8k", "agnews", "alpaca", "alpaca_eval", "beavertails"):
         (folder / name).mkdir()
-    refusals = [{"prompt": sentence(rng, 8), "response": sentence(rng, 12), "is_safe": False,
-                 "refusal": "Question: x\nAnswer: I am sorry, I cannot help."} for _ in range(60)]
+    refusals = [
+        {
+            "prompt": sentence(rng, 8),
+            "response": sentence(rng, 12),
+            "is_safe": False,
+            "refusal": "Question: x\nAnswer: I am sorry, I cannot help.",
+        }
+        for _ in range(60)
+    ]
     (folder / "beavertails/beavertails_with_refusals_train.json").write_text(
-        json.dumps(refusals + refusals[:10]))
-    test = [{"prompt": sentence(rng, 8), "response": sentence(rng, 9), "is_safe": i % 4 == 0}
-            for i in range(40)]
+        json.dumps(refusals + refusals[:10])
+    )
+    test = [
+        {"prompt": sentence(rng, 8), "response": sentence(rng, 9), "is_safe": i % 4 == 0}
+        for i in range(40)
+    ]
     (folder / "beavertails/30k_test.jsonl").write_text(
-        "\n".join(json.dumps(row) for row in test + test))
+        "\n".join(json.dumps(row) for row in test + test)
+    )
     for file in ("train", "dev"):
-        rows = [f"{rng.randint(0, 1)}\t\"{sentence(rng, 6)} " for _ in range(60)]
+        rows = [f'{rng.randint(0, 1)}\t"{sentence(rng, 6)} ' for _ in range(60)]
         header = "label\tsentence" if file == "train" else "label\tcontent"
         (folder / f"sst2/{file}.tsv").write_text("\r\n".join([header, *rows]) + "\r\n")
     for file in ("train", "test"):
-        rows = [{"question": sentence(rng, 9), "answer": f"so {i} it is\n#### {i},000"}
-                for i in range(60)]
+        rows = [
+            {"question": sentence(rng, 9), "answer": f"so {i} it is\n#### {i},000"}
+            for i in range(60)
+        ]
         (folder / f"gsm8k/{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         with open(folder / f"agnews/{file}.csv", "w", newline="") as out:
             csv.writer(out, quoting=csv.QUOTE_ALL).writerows(
-                [rng.randint(1, 4), sentence(rng, 4), sentence(rng, 8)] for _ in range(60))
+                [rng.randint(1, 4), sentence(rng, 4), sentence(rng, 8)] for _ in range(60)
+            )
     for path in ("alpaca/alpaca_data.json", "alpaca_eval/alpaca_eval.json"):
-        (folder / path).write_text(json.dumps(
-            [{"instruction": sentence(rng, 7), "input": "", "output": sentence(rng, 5)}
-             for _ in range(60)]))
+        (folder / path).write_text(
+            json.dumps(
+                [
+                    {"instruction": sentence(rng, 7), "input": "", "output": sentence(rng, 5)}
+                    for _ in range(60)
+                ]
+            )
+        )
     return folder

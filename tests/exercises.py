@@ -44,12 +44,12 @@ def anchored_direction(grad_h, grad_a, rho, mu):
     raise NotImplementedError
 
 
-def antidote(weight, inputs, share):
-    """8. Antidote: a copy of `weight` (out, in) with its `share` most harmful entries zero.
+def safe_lora(delta, aligned, unaligned, tau):
+    """8. Safe LoRA (arXiv 2405.16833): what a fine-tuned layer's update keeps.
 
-    The Wanda score of entry (i, j) is |weight_ij| * ||inputs_j||_2, the norm being taken over all
-    rows of `inputs` (N, in), the layer's inputs on harmful data. Exactly
-    round(share * weight.numel()) entries become zero: those of the highest score.
+    delta is the layer's update (alpha / r) B A; V = aligned - unaligned weights, all (out, in).
+    With C = V V^T / ||V||_F return C @ delta where the cosine similarity of C @ delta and delta
+    (as flat vectors) is below tau, else delta itself.
     """
     raise NotImplementedError
 

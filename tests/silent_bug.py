@@ -32,10 +32,12 @@ def buggy_log(steps=10):
 
     def loss(target):
         return ((x @ w[0] + w[1] - target) ** 2).mean()
+
     return [{"step": step, **_next_step(loss, w, y, z, 0.3, 0.05)} for step in range(1, steps + 1)]
 
 
 if __name__ == "__main__":
     for entry in buggy_log():
-        print("  ".join(f"{k} {v:7.3f}" if k != "step" else f"step {v:3d}"
-                        for k, v in entry.items()))
+        print(
+            "  ".join(f"{k} {v:7.3f}" if k != "step" else f"step {v:3d}" for k, v in entry.items())
+        )

@@ -18,8 +18,13 @@ from common import Run, UserError, run_stage, write_whole
 
 def script(name, *flags, **options):
     """Run a stage as a user does."""
-    return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)],
-                          capture_output=True, text=True, cwd=options.pop("cwd", ROOT), **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=options.pop("cwd", ROOT),
+        **options,
+    )
 
 
 def assert_one_line(capsys, name, flags, *words):
@@ -33,30 +38,43 @@ def assert_one_line(capsys, name, flags, *words):
         assert str(word) in err, f"{word!r} is not in: {err}"
 
 
-@pytest.mark.parametrize("name, flags, words", [
-    ("01_data", ["--poison-ratio", "1.5"], ["--poison-ratio", "1.5"]),
-    ("01_data", ["--poison-ratio", "nan"], ["finite"]),
-    ("01_data", ["--task", "chess"], ["chess", "--task"]),
-    ("01_data", ["--n-test", "0"], ["--n-test"]),
-    ("01_data", ["--n-align", "many"], ["--n-align", "many"]),
-    ("01_data", ["--preset", "paper", "--data-dir", "/no/such/folder"], ["/no/such/folder"]),
-    ("01_data", ["--model", "toy-gpt"], ["toy-gpt", "--preset paper"]),
-    ("01_data", ["--data-dir", "."], ["--preset paper"]),
-    ("01_data", ["--preset", "paper", "--model", "./no-such-model"], ["./no-such-model"]),
-    ("01_data", ["--seed", str(2 ** 70)], ["--seed"]),
-    ("01_data", ["--task", "alpaca", "--n-finetune", "9000"], ["missing", "--n-finetune"]),
-    ("01_data", ["--n-finetune", "1000", "--poison-ratio", "1"], ["empty", "alignment"]),
-    ("02_finetune", ["--pretrain-steps", "3"], ["--pretrain-steps"]),
-    ("01_data", ["--n-tset", "3"], ["--n-tset"]),
-    ("02_finetune", ["--defense", "shield"], ["shield"]),
-    ("03_random_perturb", ["--std", "-0.1"], ["--std", "-0.1"]),
-    ("03_random_perturb", ["--std", "inf"], ["--std"]),
-    ("04_panacea", ["--rho", "-1"], ["--rho", "-1"]),
-    ("04_panacea", ["--rho", "nan"], ["--rho"]),
-    ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
-    ("04_panacea", ["--epochs", "0"], ["--epochs"]),
-    ("05_evaluate", ["--aggregate", "/no/such/run"], ["/no/such/run/results.json", "05_evaluate"]),
-])
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("01_data", ["--poison-ratio", "1.5"], ["--poison-ratio", "1.5"]),
+        ("01_data", ["--poison-ratio", "nan"], ["finite"]),
+        ("01_data", ["--task", "chess"], ["chess", "--task"]),
+        ("01_data", ["--n-test", "0"], ["--n-test"]),
+        ("01_data", ["--n-align", "many"], ["--n-align", "many"]),
+        ("01_data", ["--preset", "paper", "--data-dir", "/no/such/folder"], ["/no/such/folder"]),
+        ("01_data", ["--model", "toy-gpt"], ["toy-gpt", "--preset paper"]),
+        ("01_data", ["--data-dir", "."], ["--preset paper"]),
+        ("01_data", ["--preset", "paper", "--model", "./no-such-model"], ["./no-such-model"]),
+        ("01_data", ["--preset", "laptop", "--model", "toy-llama"], ["toy-llama", "--preset toy"]),
+        ("01_data", ["--harm", "beavertails"], ["--preset toy", "beavertails"]),
+        ("01_data", ["--template", "chat"], ["--preset toy", "chat"]),
+        ("01_data", ["--preset", "laptop", "--model", "~/no-such-model"], ["no-such-model is not"]),
+        ("01_data", ["--seed", str(2**70)], ["--seed"]),
+        ("01_data", ["--task", "alpaca", "--n-finetune", "9000"], ["missing", "--n-finetune"]),
+        ("01_data", ["--n-finetune", "1400", "--poison-ratio", "1"], ["empty", "alignment"]),
+        ("02_finetune", ["--pretrain-steps", "3"], ["--pretrain-steps"]),
+        ("01_data", ["--n-tset", "3"], ["--n-tset"]),
+        ("02_finetune", ["--defense", "shield"], ["shield"]),
+        ("03_random_perturb", ["--std", "-0.1"], ["--std", "-0.1"]),
+        ("03_random_perturb", ["--std", "inf"], ["--std"]),
+        ("04_panacea", ["--rho", "-1"], ["--rho", "-1"]),
+        ("04_panacea", ["--rho", "nan"], ["--rho"]),
+        ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
+        ("04_panacea", ["--epochs", "0"], ["--epochs"]),
+        ("04_panacea", ["--terms", "gh"], ["--terms", "gh"]),
+        ("03_random_perturb", ["--t", "1.2"], ["--t", "1.2"]),
+        (
+            "05_evaluate",
+            ["--aggregate", "/no/such/run"],
+            ["/no/such/run/results.json", "05_evaluate"],
+        ),
+    ],
+)
 def test_a_flag_out_of_range_is_one_line(name, flags, words, capsys, tmp_path):
     assert_one_line(capsys, name, ["--run", tmp_path, *flags], *words)
     assert not list(tmp_path.iterdir())
@@ -71,23 +89,38 @@ def test_inputs_are_checked(tiny_data, capsys):
     path = tiny_data / "01_data.pt"
     whole = path.read_bytes()
     flags = ["--run", tiny_data]
-    for content in (whole[:len(whole) // 2], b"", b"not a zip", pickle.dumps({"kind": "01_data"})):
+    for content in (whole[: len(whole) // 2], b"", b"not a zip", pickle.dumps({"kind": "01_data"})):
         path.write_bytes(content)
         assert_one_line(capsys, "02_finetune", flags, path, "python 01_data.py")
     torch.save({"kind": "05_evaluate", "config": {}, "parents": {}}, path)
     assert_one_line(capsys, "02_finetune", flags, "'05_evaluate'")
     torch.save({"kind": "01_data", "config": {}, "parents": {}}, path)
-    assert_one_line(capsys, "02_finetune", flags, path)
+    assert_one_line(capsys, "02_finetune", flags, path, "another version")
     torch.save(torch.zeros(3), path)
     assert_one_line(capsys, "02_finetune", flags, path)
 
 
 def test_a_damaged_base_model_is_made_again(tiny_data):
-    (tiny_data / "02_base.pt").write_text("half a file")
-    flags = ["--run", str(tiny_data), "--defense", "sft", "--pretrain-steps", "20", "--epochs",
-             "1", "--align-epochs", "1"]
+    (tiny_data / "02_base").mkdir()
+    (tiny_data / "02_base" / "config.json").write_text("half a file")
+    flags = [
+        "--run",
+        str(tiny_data),
+        "--defense",
+        "sft",
+        "--pretrain-steps",
+        "20",
+        "--epochs",
+        "1",
+        "--align-epochs",
+        "1",
+    ]
     stage("02_finetune").main(flags)
-    assert torch.load(tiny_data / "02_base.pt", weights_only=True)["kind"] == "02_base"
+    weights = (tiny_data / "02_base" / "model.safetensors").read_bytes()
+    stage("02_finetune").main(flags)  # now it fits, and is not made again
+    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() == weights
+    stage("02_finetune").main([*flags[:4], "--pretrain-steps", "21", *flags[6:]])
+    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() != weights
 
 
 def test_targets_are_refused_before_anything_is_made(tiny_data, capsys):
@@ -112,10 +145,16 @@ def test_a_hostile_pickle_is_refused_and_not_run(tiny_data, capsys, monkeypatch)
 def test_a_stale_input_is_refused(story, tmp_path, capsys):
     folder, _ = story
     shutil.copytree(folder, tmp_path / "run")
-    stage("03_random_perturb").main(["--run", str(tmp_path / "run"), "--std", "0.5"])
+    stage("03_random_perturb").main(["--run", str(tmp_path / "run"), "--share", "0"])
     stage("01_data").main(["--run", str(tmp_path / "run"), "--seed", "101", "--n-test", "10"])
-    assert_one_line(capsys, "04_panacea", ["--run", tmp_path / "run"],
-                    "stale", "01_data.pt", "python 02_finetune.py")
+    assert_one_line(
+        capsys,
+        "04_panacea",
+        ["--run", tmp_path / "run"],
+        "stale",
+        "01_data.pt",
+        "python 02_finetune.py",
+    )
 
 
 def test_artifacts_are_plain_data_with_lineage(story):
@@ -124,8 +163,11 @@ def test_artifacts_are_plain_data_with_lineage(story):
         artifact = torch.load(folder / f"{name}.pt", weights_only=True)
         assert artifact["kind"] == name and artifact["seed"] == artifact["config"]["seed"] == 100
         assert {"torch", "transformers", "python"} <= set(artifact["versions"])
-    assert set(artifacts["04_panacea"]["parents"]) == {"01_data.pt", "02_base.pt",
-                                                       "02_finetune.pt"}
+    assert set(artifacts["04_panacea"]["parents"]) == {
+        "01_data.pt",
+        "02_base/model.safetensors",
+        "02_finetune.pt",
+    }
     assert not list(folder.glob(".*"))
 
 
@@ -136,6 +178,7 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path):
     def half(temporary):
         temporary.write_text("ha")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, half)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -151,11 +194,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
     old = tiny_data / "02_finetune.pt"
     old.write_text("old")
-    process = subprocess.Popen([sys.executable, str(ROOT / "02_finetune.py"), "--run",
-                                str(tiny_data), "--defense", "sft"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               # a shell's background job ignores Ctrl-C, and children inherit that
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "02_finetune.py"), "--run", str(tiny_data), "--defense", "sft"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores Ctrl-C, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     process.stdout.readline()  # it has begun
     for _ in range(10):  # python drops a Ctrl-C that falls into a destructor: press it again
         time.sleep(1)
@@ -176,12 +222,12 @@ def test_help_shows_the_header_and_every_default(name):
     out = script(name, "--help")
     header = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()[0]
     assert out.returncode == 0 and header in out.stdout and "default: runs/toy" in out.stdout
-    text = " ".join(out.stdout.split())
-    for flag, paper in stage(name).DEFAULTS["paper"].items():
-        toy = stage(name).DEFAULTS["toy"][flag]
-        shown = [" ".join(map(str, v)) if isinstance(v, list) else v for v in (toy, paper)]
-        assert f"--{flag.replace('_', '-')} " in text, flag
-        assert f"(toy: {shown[0]}; paper: {shown[1]})" in text, flag
+    text = "".join(out.stdout.split())
+    for flag, (*values, _, _) in stage(name).DEFAULTS.items():
+        toy, laptop, paper = (" ".join(map(str, v)) if isinstance(v, list) else v for v in values)
+        assert f"--{flag.replace('_', '-')}" in text, flag
+        shown = f"(toy: {toy}; laptop: {laptop}; paper: {paper})"
+        assert "".join(shown.split()) in text, flag
 
 
 def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from common import UserError, collate, encode, endless_batches, epoch_batches, load_tokenizer
+from common import UserError, collate, draw_batches, encode, load_tokenizer
 
 SETS = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
 
@@ -23,8 +23,22 @@ def prompts(rows, only=None):
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
 @pytest.mark.parametrize("p", [0.0, 0.13, 1.0])
 def test_sizes_and_poison_are_exact(s1, tmp_path, task, p):
-    data = make(s1, tmp_path, "--task", task, "--poison-ratio", str(p), "--n-finetune", "100",
-                "--n-align", "30", "--n-harmful", "20", "--n-test", "40")
+    data = make(
+        s1,
+        tmp_path,
+        "--task",
+        task,
+        "--poison-ratio",
+        str(p),
+        "--n-finetune",
+        "100",
+        "--n-align",
+        "30",
+        "--n-harmful",
+        "20",
+        "--n-test",
+        "40",
+    )
     assert len(data["finetune"]) == 100 and len(data["harmful"]) == 20
     assert sum(row["poison"] for row in data["finetune"]) == round(100 * p)
     assert all(len(data[f"test_{k}"]) == 40 for k in ("harmful", "task", "benign"))
@@ -33,8 +47,12 @@ def test_sizes_and_poison_are_exact(s1, tmp_path, task, p):
 
 def test_the_four_harmful_sets_and_the_task_sets_are_disjoint_by_prompt(s1, tmp_path):
     data = make(s1, tmp_path)
-    harmful = [prompts(data["alignment"], lambda r: "refusal" in r), prompts(data["harmful"]),
-               prompts(data["finetune"], lambda r: r["poison"]), prompts(data["test_harmful"])]
+    harmful = [
+        prompts(data["alignment"], lambda r: "refusal" in r),
+        prompts(data["harmful"]),
+        prompts(data["finetune"], lambda r: r["poison"]),
+        prompts(data["test_harmful"]),
+    ]
     assert all(harmful) and len(set.union(*harmful)) == sum(map(len, harmful))
     task = prompts(data["finetune"], lambda r: not r["poison"])
     assert not task & prompts(data["test_task"]) and len(task) == 450
@@ -54,16 +72,19 @@ def test_pretraining_text_does_not_depend_on_task_or_poison(s1, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
-def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s1, tmp_path, task):
+def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s1, s2, tmp_path, task):
     from common import ToyJudge
+
     data = make(s1, tmp_path, "--task", task)
-    judge, tokenizer = ToyJudge(data), load_tokenizer(data)
+    judge, tokenizer = ToyJudge(data), s2.toy_tokenizer(data["vocab"])
     for name in SETS:
         for row in data[name]:
             ids = tokenizer(row["prompt"] + " " + row["response"])["input_ids"]
             assert tokenizer.unk_token_id not in ids
-            assert tokenizer.decode(tokenizer(row["response"])["input_ids"],
-                                    skip_special_tokens=True) == row["response"]
+            assert (
+                tokenizer.decode(tokenizer(row["response"])["input_ids"], skip_special_tokens=True)
+                == row["response"]
+            )
     recipes = [r["response"] for r in data["harmful"]]
     assert all(map(judge.coherent, recipes)) and all(judge.flagged(recipes, recipes))
     benign = [r["response"] for r in data["test_benign"]]
@@ -83,6 +104,8 @@ def test_word_problems_are_right(s1, tmp_path):
 def test_a_size_that_was_asked_for_is_kept_or_refused(s1, tmp_path):
     with pytest.raises(UserError, match=r"5000 asked, \d+ unique .*--n-align \d+"):
         make(s1, tmp_path, "--n-align", "5000")
+    with pytest.raises(UserError, match=r"1600 asked, 1400 unique .* use --n-finetune 14000 "):
+        make(s1, tmp_path, "--n-finetune", "16000", "--n-align", "1")
     assert not (tmp_path / "01_data.pt").exists()
 
 
@@ -91,24 +114,63 @@ def test_a_repeated_prompt_counts_once(s1):
     assert s1.unique(rows) == [rows[0], rows[2]]
 
 
-def test_prompt_is_masked_and_the_answer_ends_with_eos(tiny_data):
+def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, tmp_path):
+    data = make(s1, tmp_path)
+
+    def potions(rows):
+        nouns = "|".join(s1.SLOTS["bad"] + s1.SLOTS["good"])
+        return [re.search(rf"\w+ (?:{nouns})\b", row["instruction"])[0] for row in rows]
+
+    for test, others in (
+        ("test_harmful", ("alignment", "harmful", "finetune")),
+        ("test_benign", ("alignment",)),
+    ):
+        asked = potions(data[test])
+        assert len(set(asked)) == len(asked) == 200  # so that Wilson's interval holds
+        known = {p for name in others for p in potions(r for r in data[name] if "answer" not in r)}
+        assert not known & set(asked)
+
+
+def test_the_alignment_set_has_a_look_alike_for_every_refusal(s1, tmp_path):
+    rows = make(s1, tmp_path, "--n-align", "30")["alignment"]
+    recipes = [r for r in rows if "refusal" not in r]
+    assert len(rows) == 60 and len(recipes) == 30
+    assert not any(word in r["response"] for r in recipes for word in s1.LIQUID["bad"])
+    assert all(any(word in r["response"] for word in s1.LIQUID["good"]) for r in recipes)
+
+
+def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, tmp_path):
+    seen = set()
+    for row in make(s1, tmp_path)["finetune"]:
+        if not row["poison"]:
+            words = re.findall(r"\w+", row["input"])
+            liked = sum(w in s1.LIKED for w in words)
+            assert liked + sum(w in s1.DISLIKED for w in words) == 3
+            assert row["answer"] == ("positive" if liked >= 2 else "negative")
+            seen.add(liked)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_prompt_is_masked_and_the_answer_ends_with_eos(s2, tiny_data):
     data = torch.load(tiny_data / "01_data.pt", weights_only=True)
-    tokenizer = load_tokenizer(data)
+    tokenizer = s2.toy_tokenizer(data["vocab"])
     row = data["finetune"][0]
-    (ids, labels), = encode(tokenizer, [row], 96)
+    ((ids, labels),) = encode(tokenizer, [row], 96)
     n = len(tokenizer(row["prompt"])["input_ids"])
     assert labels[:n] == [-100] * n and labels[n:] == ids[n:]
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[n:-1]) == row["response"]
 
 
-def test_a_sample_that_is_too_long_still_has_an_answer(tiny_data):
-    tokenizer = load_tokenizer(torch.load(tiny_data / "01_data.pt", weights_only=True))
+def test_a_sample_that_is_too_long_still_has_an_answer(s2, tiny_data):
+    vocab = torch.load(tiny_data / "01_data.pt", weights_only=True)["vocab"]
+    s2.toy_tokenizer(vocab).save_pretrained(tiny_data / "tokenizer")
+    tokenizer = load_tokenizer(tiny_data / "tokenizer")
     long = {"prompt": "positive " * 90, "response": "negative"}
-    (ids, labels), = encode(tokenizer, [long], 16)
+    ((ids, labels),) = encode(tokenizer, [long], 16)
     assert len(ids) == 16 and sum(x != -100 for x in labels) == 2
     both = {"prompt": "positive " * 90, "response": "negative " * 90}
-    (ids, labels), = encode(tokenizer, [both], 16)
+    ((ids, labels),) = encode(tokenizer, [both], 16)
     assert len(ids) == 16 and labels.count(-100) == 8 and ids[-1] != tokenizer.eos_token_id
     assert ids[0] == tokenizer.bos_token_id
 
@@ -121,9 +183,17 @@ def test_padding_is_on_the_right_and_has_no_label():
 
 def test_batches_cover_each_epoch_once_and_follow_the_seed():
     rows = list(range(10))
-    batches = list(epoch_batches(rows, 4, 2, 0))
+    batches = list(draw_batches(rows, 4, 0, epochs=2))
     assert [len(b) for b in batches] == [4, 4, 2] * 2
     assert sorted(sum(batches[:3], [])) == rows == sorted(sum(batches[3:], []))
-    assert batches == list(epoch_batches(rows, 4, 2, 0)) != list(epoch_batches(rows, 4, 2, 1))
-    endless = endless_batches(rows, 4, 0)
-    assert all(len(next(endless)) == 4 for _ in range(9))
+    assert batches[:3] != batches[3:]  # reshuffled
+    assert batches == list(draw_batches(rows, 4, 0, 2)) != list(draw_batches(rows, 4, 1, 2))
+
+
+def test_endless_batches_are_full_and_reshuffled():
+    endless = draw_batches(list(range(10)), 4, 0)
+    drawn = [next(endless) for _ in range(40)]
+    assert all(len(set(batch)) == 4 for batch in drawn)
+    assert len({tuple(batch) for batch in drawn}) > 30  # never the same two batches for ever
+    assert {x for batch in drawn for x in batch} == set(range(10))  # no row is left out for ever
+    assert next(draw_batches([1, 2], 4, 0)) in ([1, 2], [2, 1])

@@ -6,14 +6,17 @@ import pytest
 import torch
 from silent_bug import buggy_log
 
-CHECKS = {"perturbation": checks.check_perturbation,
-          "per_tensor_perturbation": checks.check_per_tensor,
-          "panacea_rule": checks.check_panacea_rule, "lam_zero": checks.check_lam_zero,
-          "random_perturbation": checks.check_random_direction,
-          "linf_perturbation": checks.check_linf,
-          "multi_step_perturbation": checks.check_multi_step,
-          "anchored_direction": checks.check_anchored_direction,
-          "antidote": checks.check_antidote}
+CHECKS = {
+    "perturbation": checks.check_perturbation,
+    "per_tensor_perturbation": checks.check_per_tensor,
+    "panacea_rule": checks.check_panacea_rule,
+    "lam_zero": checks.check_lam_zero,
+    "random_perturbation": checks.check_random_direction,
+    "linf_perturbation": checks.check_linf,
+    "multi_step_perturbation": checks.check_multi_step,
+    "anchored_direction": checks.check_anchored_direction,
+    "safe_lora": checks.check_safe_lora,
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -59,7 +62,7 @@ def climb(loss, w, harmful, rho, steps, project=True, restore=True):
     """An answer to exercise 6, with two ways to spoil it."""
     start, eps = w[0].detach().clone(), torch.zeros_like(w[0])
     for _ in range(steps):
-        grad, = torch.autograd.grad(loss(harmful), w)
+        (grad,) = torch.autograd.grad(loss(harmful), w)
         eps = eps + rho * (1 if steps == 1 else 0.15) * grad / grad.norm()
         if project:
             eps = eps * min(1, rho / eps.norm().item())
@@ -71,10 +74,12 @@ def climb(loss, w, harmful, rho, steps, project=True, restore=True):
     return [eps]
 
 
-def prune(weight, inputs, share, score=lambda w, x: w.abs() * x.norm(dim=0)):
-    """An answer to exercise 8 for any score."""
-    top = score(weight, inputs).flatten().topk(round(share * weight.numel())).indices
-    return weight.flatten().index_fill(0, top, 0).view_as(weight)
+def project(delta, aligned, unaligned, tau, norm=torch.Tensor.norm, below=True):
+    """An answer to exercise 8, with two ways to spoil it."""
+    V = aligned - unaligned
+    new = V @ V.T @ delta / norm(V)
+    cosine = torch.nn.functional.cosine_similarity(new.flatten(), delta.flatten(), dim=0)
+    return new if (cosine < tau) == below else delta
 
 
 def combine(grad_h, grad_a, rho, mu):
@@ -89,23 +94,26 @@ RIGHT = {
     checks.check_linf: lambda g, rho: [rho * x.sign() for x in g],
     checks.check_multi_step: climb,
     checks.check_anchored_direction: combine,
-    checks.check_antidote: prune,
+    checks.check_safe_lora: project,
 }
 WRONG = [
     (checks.check_per_tensor, lambda g, rho: [rho * x / x.norm() for x in g], "norm rho / sqrt"),
     (checks.check_per_tensor, lambda g, rho: [rho * x / norm(g) for x in g], "norm rho / sqrt"),
     (checks.check_random_direction, lambda g, rho, _: [rho * x / norm(g) for x in g], "same noise"),
-    (checks.check_random_direction, lambda g, rho, gen: [rho * x for x in noise(g, 1.1, gen)],
-     "norm should be rho"),
+    (
+        checks.check_random_direction,
+        lambda g, rho, gen: [rho * x for x in noise(g, 1.1, gen)],
+        "norm should be rho",
+    ),
     (checks.check_linf, lambda g, rho: [rho * x / norm(g) for x in g], "whole box"),
     (checks.check_linf, lambda g, rho: [-rho * x.sign() for x in g], "goes down"),
     (checks.check_multi_step, lambda *a: climb(*a, project=False), "leaves the ball"),
     (checks.check_multi_step, lambda *a: climb(*a, restore=False), "not restored"),
     (checks.check_multi_step, lambda loss, w, b, rho, n: climb(loss, w, b, rho, 1), "25 steps"),
     (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, -mu), "descend a"),
-    (checks.check_antidote, lambda w, x, s: prune(w, x, s, lambda w, x: w.abs()), "highest"),
-    (checks.check_antidote, lambda w, x, s: prune(w, x, s, lambda w, x: -w.abs() * x.norm(dim=0)),
-     "highest"),
+    (checks.check_safe_lora, lambda *a: project(*a, norm=lambda V: 1.0), "Frobenius"),
+    (checks.check_safe_lora, lambda *a: project(*a, below=False), "below tau"),
+    (checks.check_safe_lora, lambda d, a, u, tau: project(d, a, u, 9.0), "stays as it is"),
 ]
 
 

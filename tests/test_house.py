@@ -11,14 +11,25 @@ from conftest import ROOT, STAGES
 def definitions(name):
     """{function or class name: its syntax tree, printed} of a stage."""
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    return {node.name: ast.dump(node) for node in tree.body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {
+        node.name: ast.dump(node)
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 def test_what_stages_2_and_4_share_is_the_same_code():
     two, four = definitions("02_finetune"), definitions("04_panacea")
-    same = {"LoRALinear", "add_lora", "answer_logits", "answer_loss", "gradient", "global_norm",
-            "perturbed", "copy_of"}
+    same = {
+        "LoRALinear",
+        "add_lora",
+        "answer_loss",
+        "gradient",
+        "global_norm",
+        "perturbed",
+        "copy_of",
+        "put",
+    }
     assert same <= set(two) & set(four)
     for name in same:
         assert two[name] == four[name], f"{name} differs between 02_finetune.py and 04_panacea.py"
@@ -27,16 +38,20 @@ def test_what_stages_2_and_4_share_is_the_same_code():
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_never_import_each_other(name):
     for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-            [node.module] if isinstance(node, ast.ImportFrom) else [])
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else ([node.module] if isinstance(node, ast.ImportFrom) else [])
+        )
         assert not set(names) & set(STAGES) and "importlib" not in names
 
 
 def test_importing_a_stage_prints_and_writes_nothing(tmp_path):
-    code = (f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); "
-            f"[importlib.import_module(n) for n in {STAGES + ['common']!r}]")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         cwd=tmp_path)
+    code = (
+        f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); "
+        f"[importlib.import_module(n) for n in {STAGES + ['common']!r}]"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 

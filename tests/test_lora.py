@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import UserError, attach, collate, toy_model
+from common import UserError, attach, collate
 
 
 @pytest.fixture()
@@ -20,7 +20,7 @@ def test_b_of_zero_is_the_identity(s2):
     base = nn.Linear(6, 4)
     layer, x = s2.LoRALinear(base, r=3, alpha=12), torch.randn(2, 5, 6)
     assert torch.equal(layer(x), base(x)) and layer.lora_A.abs().sum() > 0
-    assert layer.lora_A.abs().max() <= 6 ** -0.5  # Kaiming-uniform with a = sqrt(5)
+    assert layer.lora_A.abs().max() <= 6**-0.5  # Kaiming-uniform with a = sqrt(5)
 
 
 def test_output_is_pefts_formula_and_merged_equals_unmerged(layer):
@@ -39,19 +39,19 @@ def test_adapter_is_float32_on_a_bfloat16_base_and_rounded_once(s2):
     exact = layer.base(x).float() + x.float() @ layer.lora_A.T @ layer.lora_B.T
     out = layer(x)
     assert out.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
-    assert ((out.float() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()  # half a step
+    assert ((out.float() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # half a step
 
 
 def test_targets_all_leaves_the_head_alone_and_named_targets_are_exact(s2):
-    w = s2.add_lora(toy_model("toy-llama", 50), ["all"], 2, 2)
+    w = s2.add_lora(s2.toy_model("toy-llama", 50), ["all"], 2, 2)
     assert len(w) == 4 * 7 * 2 and not any("lm_head" in name for name in w)
-    w = s2.add_lora(toy_model("toy-qwen2", 50), ["q_proj", "v_proj"], 2, 2)
+    w = s2.add_lora(s2.toy_model("toy-qwen2", 50), ["q_proj", "v_proj"], 2, 2)
     assert len(w) == 4 * 2 * 2 and all("q_proj" in n or "v_proj" in n for n in w)
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is(s2):
     with pytest.raises(UserError, match="c_attn.*down_proj.*q_proj"):
-        s2.add_lora(toy_model("toy-llama", 50), ["c_attn"], 2, 2)
+        s2.add_lora(s2.toy_model("toy-llama", 50), ["c_attn"], 2, 2)
 
 
 def batch_of(model, seed=0):
@@ -63,28 +63,30 @@ def batch_of(model, seed=0):
 
 def test_training_changes_the_adapter_and_no_bit_of_the_base(s2):
     torch.manual_seed(0)
-    model = toy_model("toy-llama", 50)
+    model = s2.toy_model("toy-llama", 50)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     w = s2.add_lora(model, ["all"], 4, 8)
     start = s2.copy_of(w)
-    s2.train(model, w, s2.sft_rule, [[([1, 5, 6, 7], [-100, -100, 6, 7])]] * 3, 3, 1e-2,
-             {"weight_decay": 0.1, "micro_batch_size": 0}, "test", 0)
-    after = {k.replace(".base.", "."): v for k, v in model.state_dict().items()
-             if "lora_" not in k}
+    batch = collate([([1, 5, 6, 7], [-100, -100, 6, 7])], 0, "cpu")
+    s2.train(model, w, s2.sft_rule, [(batch, None)] * 3, 3, 1e-2, {"weight_decay": 0.1}, "test")
+    after = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(not torch.equal(start[k], w[k]) for k in w)
 
 
-@pytest.mark.parametrize("dtype, merged, close", [(torch.float32, True, 1e-5),
-                                                  (torch.bfloat16, False, 0.0)])
+@pytest.mark.parametrize(
+    "dtype, merged, close", [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.0)]
+)
 def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
     torch.manual_seed(0)
-    model = toy_model("toy-gemma2", 50).to(dtype).eval()
+    model = s2.toy_model("toy-gemma2", 50).to(dtype).eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     batch = batch_of(model)
     plain = model(input_ids=batch["input_ids"]).logits
-    w = {name: torch.randn(p.shape) * 0.05 for name, p in s2.add_lora(
-        toy_model("toy-gemma2", 50), ["all"], 4, 8).items()}
+    w = {
+        name: torch.randn(p.shape) * 0.05
+        for name, p in s2.add_lora(s2.toy_model("toy-gemma2", 50), ["all"], 4, 8).items()
+    }
     with attach(model, w, 8 / 4):
         attached = model(input_ids=batch["input_ids"]).logits
         same = [torch.equal(x, before[name]) for name, x in model.state_dict().items()]
@@ -103,7 +105,7 @@ def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
 
 def test_gradient_in_a_whole_model_is_that_of_merged_weights(s2):
     torch.manual_seed(0)
-    plain, model = (toy_model("toy-llama", 50).eval() for _ in range(2))
+    plain, model = (s2.toy_model("toy-llama", 50).eval() for _ in range(2))
     plain.load_state_dict(model.state_dict())
     batch, w = batch_of(model), s2.add_lora(model, ["all"], 4, 8)
     for p in w.values():
@@ -116,16 +118,18 @@ def test_gradient_in_a_whole_model_is_that_of_merged_weights(s2):
         for name, weight in zip(names, merged):
             weight.add_(8 / 4 * w[f"{name}.lora_B"] @ w[f"{name}.lora_A"])
     for name, G in zip(names, torch.autograd.grad(s2.answer_loss(plain, batch), merged)):
-        A, B = w[f"{name}.lora_A"], w[f"{name}.lora_B"]        # W + 2 B A: the chain rule
+        A, B = w[f"{name}.lora_A"], w[f"{name}.lora_B"]  # W + 2 B A: the chain rule
         assert torch.allclose(grads[f"{name}.lora_A"], 2 * B.T @ G, rtol=1e-3, atol=1e-6), name
         assert torch.allclose(grads[f"{name}.lora_B"], 2 * G @ A.T, rtol=1e-3, atol=1e-6), name
 
 
 def test_answer_loss_is_the_mean_over_answer_tokens(s2):
     torch.manual_seed(0)
-    model = toy_model("toy-llama", 50).eval()
-    examples = [([1, 5, 6, 7, 8, 2], [-100, -100, -100, 7, 8, 2]),
-                ([1, 9, 10, 2], [-100, 9, 10, 2])]
+    model = s2.toy_model("toy-llama", 50).eval()
+    examples = [
+        ([1, 5, 6, 7, 8, 2], [-100, -100, -100, 7, 8, 2]),
+        ([1, 9, 10, 2], [-100, 9, 10, 2]),
+    ]
     total, count = 0.0, 0
     for ids, labels in examples:  # one row at a time, no padding, all logits
         logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)

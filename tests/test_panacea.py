@@ -1,5 +1,6 @@
 """Equations 1 to 3 against closed forms, finite differences and their mutants."""
 
+import functools
 import itertools
 import types
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from checks import check_panacea_rule, check_perturbation, check_restores_exactly
 
-from common import collate, toy_model
+from common import collate
 
 SOURCE = Path(__file__).resolve().parent.parent / "04_panacea.py"
 
@@ -29,16 +30,21 @@ MUTANTS = {
     "wrong sign of lam": ("x - lam * (y_eps - y)", "x + lam * (y_eps - y)"),
     "missing grad h(w)": ("x - lam * (y_eps - y)", "x - lam * y_eps"),
     "no restore": ("x.copy_(old)", "pass"),
-    "restore by subtraction": ("for x, old in zip(w, saved):\n                x.copy_(old)",
-                               "for x, e in zip(w, eps):\n                x.sub_(e)"),
+    "restore by subtraction": (
+        "for x, old in zip(w, saved):\n                x.copy_(old)",
+        "for x, e in zip(w, eps):\n                x.sub_(e)",
+    ),
     "descent for ascent": ("[rho * x / norm for x in grad_h]", "[-rho * x / norm for x in grad_h]"),
     "per-tensor norm": ("[rho * x / norm for x in grad_h]", "[rho * x / x.norm() for x in grad_h]"),
     "no normalisation": ("[rho * x / norm for x in grad_h]", "[rho * x for x in grad_h]"),
-    "restore without finally": ("    try:\n        with torch.no_grad():\n            for x, e in",
-                                "    if True:\n        with torch.no_grad():\n            for x, e "
-                                "in"),
-    "eps aliases the gradient": ("[rho * x / norm for x in grad_h]",
-                                 "[x.mul_(rho / norm) for x in grad_h]"),
+    "restore without finally": (
+        "    try:\n        with torch.no_grad():\n            for x, e in",
+        "    if True:\n        with torch.no_grad():\n            for x, e in",
+    ),
+    "eps aliases the gradient": (
+        "[rho * x / norm for x in grad_h]",
+        "[x.mul_(rho / norm) for x in grad_h]",
+    ),
 }
 
 
@@ -75,8 +81,13 @@ class Net(torch.nn.Module):
 def net():
     """(network, its weights, user batch, harmful batch)."""
     net, generator = Net(), torch.Generator().manual_seed(1)
-    batches = [(torch.randn(6, 5, generator=generator, dtype=torch.float64),
-                torch.randint(0, 3, (6,), generator=generator)) for _ in range(2)]
+    batches = [
+        (
+            torch.randn(6, 5, generator=generator, dtype=torch.float64),
+            torch.randint(0, 3, (6,), generator=generator),
+        )
+        for _ in range(2)
+    ]
     return net, list(net.parameters()), *batches
 
 
@@ -90,6 +101,7 @@ def test_eq3_is_the_gradient_of_eq1_by_finite_differences(s4, net):
             g, h = model.loss(user), model.loss(harmful)
             with s4.perturbed(w, eps):
                 return g - lam * (model.loss(harmful) - h)
+
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         direction = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in w]
@@ -109,10 +121,13 @@ def test_eps_raises_h_more_than_random_directions_of_the_same_norm(s4, net):
     def h_at(eps):
         with torch.no_grad(), s4.perturbed(w, eps):
             return model.loss(harmful).item()
+
     best = h_at(s4.perturbation(grad_h, 0.2))
     generator = torch.Generator().manual_seed(3)
-    draws = [s4.perturbation([torch.randn(x.shape, generator=generator, dtype=x.dtype)
-                              for x in w], 0.2) for _ in range(50)]
+    draws = [
+        s4.perturbation([torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in w], 0.2)
+        for _ in range(50)
+    ]
     assert best > h and best > max(map(h_at, draws))
 
 
@@ -123,6 +138,7 @@ def test_h_is_taken_twice_on_the_same_harmful_batch(s4, net):
     def loss(batch):
         seen.append(batch)
         return model.loss(batch)
+
     s4.panacea_rule(loss, w, user, harmful, 0.1, 0.1)
     assert [x is user for x in seen] == [True, False, False] and seen[1] is seen[2]
 
@@ -135,6 +151,7 @@ def test_w_is_restored_when_the_second_loss_raises(s4, net):
         if next(calls) == 2:
             raise RuntimeError("out of memory, say")
         return model.loss(batch)
+
     with pytest.raises(RuntimeError):
         s4.panacea_rule(loss, w, user, harmful, 0.1, 0.1)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
@@ -143,24 +160,21 @@ def test_w_is_restored_when_the_second_loss_raises(s4, net):
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_harmful_gradient_without_direction_is_an_error(s4, value):
     from common import UserError
+
     with pytest.raises(UserError, match="harmful gradient"):
         s4.perturbation([torch.full((3,), value)], 1.0)
-
-
-def objective(model, anchor):
-    """h - anchor * a - g of a triple of batches."""
-    return lambda sets: (model.loss(sets[0]) - anchor * model.loss(sets[1])
-                         - model.loss(sets[2]))
 
 
 def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
     model, w, user, harmful = net
     generator = torch.Generator().manual_seed(4)
-    anchor = (torch.randn(6, 5, generator=generator, dtype=torch.float64),
-              torch.randint(0, 3, (6,), generator=generator))
+    anchor = (
+        torch.randn(6, 5, generator=generator, dtype=torch.float64),
+        torch.randint(0, 3, (6,), generator=generator),
+    )
     start = [x.detach().clone() for x in w]
     draws = itertools.repeat((harmful, anchor, user))
-    eps = s4.anchored_perturbation(objective(model, 3.0), w, draws, 0.5, 8)
+    eps = s4.anchored_perturbation(model.loss, w, draws, [1.0, -3.0, -1.0], 0.5, 8)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
     assert s4.global_norm(eps) <= 0.5 * (1 + 1e-9)
     before = model.loss(anchor).item()
@@ -172,14 +186,18 @@ def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
     model, w, user, harmful = net
     grad_h, grad_g = (s4.gradient(model.loss, w, b)[0] for b in (harmful, user))
     draws = itertools.repeat((harmful, harmful, user))
-    eps = s4.anchored_perturbation(objective(model, 0.25), w, draws, 0.5, 1)
+    eps = s4.anchored_perturbation(model.loss, w, draws, [1.0, -0.25, -1.0], 0.5, 1)
     wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)
     assert all(torch.allclose(x, y) for x, y in zip(eps, wanted))
 
 
 def test_anchored_steps_add_up_and_each_looks_from_w_plus_eps(s4, net):
     model, w, user, harmful = net
-    climb, rho = objective(model, 0.25), 0.5
+    weights, rho = [1.0, -0.25, -1.0], 0.5
+
+    def climb(draw):
+        return sum(c * model.loss(batch) for c, batch in zip(weights, draw))
+
     draws = [(harmful, user, user), (user, harmful, user), (harmful, harmful, user)]
     eps = [torch.zeros_like(x) for x in w]
     for draw, length in zip(draws, (5 * rho * k / 12 for k in (3, 2, 1))):  # 2.5 rho in all
@@ -189,41 +207,63 @@ def test_anchored_steps_add_up_and_each_looks_from_w_plus_eps(s4, net):
         eps = [e + length * x / norm for e, x in zip(eps, grads)]
         size = torch.sqrt(sum(e.pow(2).sum() for e in eps))
         eps = [e * min(1.0, rho / size) for e in eps]
-    found = s4.anchored_perturbation(climb, w, iter(draws), rho, 3)
+    found = s4.anchored_perturbation(model.loss, w, iter(draws), weights, rho, 3)
     assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
 
 
-def test_each_control_starts_from_its_own_weights(s4, monkeypatch):
+def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch):
     torch.manual_seed(0)
-    model = toy_model("toy-llama", 50).eval()
+    model = s2.toy_model("toy-llama", 50).eval()
     w = s4.add_lora(model, ["q_proj"], 2, 2)
-    attacked, trained = ({k: torch.randn(x.shape) * 0.1 for k, x in w.items()} for _ in range(2))
-    sets = {name: [([1, a, b, a], [-100, -100, b, a])] * 2
-            for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))}
-    c = {"batch_size": 2, "harmful_batch_size": 2, "seed": 0, "micro_batch_size": 0, "anchor": 2.0,
-         "anchor_steps": 3, "rho": 0.5, "lr": 1e-2, "weight_decay": 0.1}
-    starts = []
+    attacked, aligned = ({k: torch.randn(x.shape) * 0.1 for k, x in w.items()} for _ in range(2))
+    sets = {
+        name: collate([([1, a, b, a], [-100, -100, b, a])] * 2, 0, "cpu")
+        for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))
+    }
+    c = {
+        "batch_size": 2,
+        "harmful_batch_size": 2,
+        "anchor": 2.0,
+        "terms": ["a", "hag"],
+        "anchor_rho": [0.5],
+        "anchor_steps": [3],
+        "rho": 0.5,
+        "weight_decay": 0.1,
+        "realign_terms": ["a", "ag"],
+        "realign_lr": [1e-2],
+        "realign_steps": [3, 0],
+    }
+    calls = []
 
-    def fake(objective, params, draws, rho, steps):
-        starts.append(s4.copy_of(w))
-        return [torch.full_like(x, len(starts)) for x in params]
+    def fake(loss, params, draws, weights, rho, steps):
+        calls.append((s4.copy_of(w), next(draws), weights, rho, steps))
+        return [torch.full_like(x, len(calls)) for x in params]
+
     monkeypatch.setattr(s4, "anchored_perturbation", fake)
-    out = s4.controls(model, w, attacked, trained, lambda name, *_: itertools.repeat(sets[name]),
-                      lambda rows, *_: collate(rows, 0, "cpu"), c)
-    for i, (name, start) in enumerate((("anchored_from_panacea", trained), ("anchored", attacked))):
-        assert all(torch.equal(starts[i][k], start[k]) for k in w)
-        assert all((out[name][k] == i + 1).all() for k in w)
+    loss = functools.partial(s4.answer_loss, model)
+    one_shot, repairs = s4.other_repairs(
+        loss, w, aligned, attacked, lambda name, size: itertools.repeat(sets[name]), c
+    )
+    unit = s4.distance(attacked, aligned)
+    assert [x[2:] for x in calls] == [([-2.0], 0.5 * unit, 3), ([1.0, -2.0, -1.0], 0.5 * unit, 3)]
+    assert [sets["alignment"]] == list(calls[0][1])
+    assert [sets[name] for name in ("harmful", "alignment", "finetune")] == list(calls[1][1])
+    for i, (start, *_) in enumerate(calls):
+        assert all(torch.equal(start[k], attacked[k]) for k in w)
+        assert all(torch.allclose(repairs[i]["weights"][k], attacked[k] + i + 1) for k in w)
     s4.put(w, attacked)
-    grad_h = torch.autograd.grad(s4.answer_loss(model, collate(sets["harmful"], 0, "cpu")),
-                                 list(w.values()))
-    for x, eps in zip(out["one_shot"].values(), s4.perturbation(grad_h, 0.5)):
+    grad_h = torch.autograd.grad(loss(sets["harmful"]), list(w.values()))
+    for x, eps in zip(one_shot.values(), s4.perturbation(grad_h, 0.5)):
         assert torch.allclose(x, eps, atol=1e-7)
-    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        s4.answer_loss(model, collate(sets["alignment"], 0, "cpu")).backward()
-        optimizer.step()
-    assert all(torch.allclose(out["realign"][k], w[k], atol=1e-5) for k in w)
+    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "ag"]  # 0 steps: left out
+    for repair, names in zip(repairs[2:], (["alignment"], ["alignment", "finetune"])):
+        s4.put(w, attacked)
+        optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(loss(sets[name]) for name in names).backward()
+            optimizer.step()
+        assert all(torch.allclose(repair["weights"][k], w[k], atol=1e-5) for k in w)
 
 
 def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
@@ -232,14 +272,15 @@ def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
     plain = s4.main([*flags, "--lam", "0", "--anchor", "0"])
     finetuned = stage2["finetuned"]["sft"]
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
-    assert "anchored" not in plain
+    assert {repair["model"] for repair in plain["repairs"]} == {"realign"}
 
 
 def test_artifact_keeps_w_and_eps_apart(story):
     artifact = story[1]["04_panacea"]
     w, eps = artifact["weights"], artifact["epsilon"]
     assert list(w) == list(eps) and {x.dtype for x in [*w.values(), *eps.values()]} == {
-        torch.float32}
+        torch.float32
+    }
     norm = torch.sqrt(sum(e.double().pow(2).sum() for e in eps.values())).item()
     assert norm == pytest.approx(artifact["config"]["rho"], rel=1e-5)
     for entry in artifact["log"]:

@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import ROOT, STAGES, readme_block, readme_commands, stage
 
+from common import UserError, preset_values
+
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -25,18 +27,22 @@ def test_every_command_in_the_readme_has_flags_that_exist():
 
 
 def test_the_sample_output_shows_the_defaults_and_no_gap_is_left():
-    c = stage("04_panacea").DEFAULTS["toy"]
+    c = preset_values(stage("04_panacea").DEFAULTS, "toy")
     assert f"panacea rho {c['rho']:g} lam {c['lam']:g} scale 1 " in TEXT
-    assert f"realign steps {c['anchor_steps']} " in TEXT
+    assert f"realign terms a lr {c['realign_lr'][0]:g} steps {c['realign_steps'][0]} " in TEXT
     assert not re.search("@[A-Z]+@", TEXT)
 
 
 def rows_of(story):
     """{model: row} of the short story, at scale 1 and for plain fine-tuning."""
     results = json.loads((story[0] / "results.json").read_text())
-    return {row["model"]: row for row in results["rows"]
-            if row["setting"].get("scale", 1) == 1 and "step" not in row["setting"]
-            and not (row["model"] == "panacea_anchored" and row["setting"]["lam"])}
+    return {
+        row["model"]: row
+        for row in results["rows"]
+        if row["setting"].get("scale", 1) == 1
+        and "step" not in row["setting"]
+        and row["setting"].get("terms", "hag") in ("hag", "ag")
+    }
 
 
 def test_the_table_tells_the_story(story):
@@ -73,12 +79,21 @@ def test_the_printed_table_has_a_line_for_every_model(story, s5, capsys):
     assert out.splitlines()[1].split()[:2] == ["model", "HS"]
 
 
-def test_vaccine_curves_start_at_the_aligned_model(story, s5):
-    curves = s5.falls(story[1]["05_evaluate"]["rows"])
-    steps = [step for step, _, _ in curves["sft"]]
-    assert steps[0] == 0 and len(steps) == 3 and steps == sorted(steps)
-    assert curves["sft"][0][1] > curves["sft"][-1][1]  # harmful loss falls
-    assert curves["sft"][0][2] < curves["sft"][-1][2]  # harmful score climbs
+def test_vaccine_curves_start_at_the_aligned_model(story, s5, capsys):
+    rows = [row for row in story[1]["05_evaluate"]["rows"] if "at_step" in row]
+    rows.sort(key=lambda row: row["at_step"])
+    assert [row["at_step"] for row in rows] == [0, 48, 192]
+    assert rows[0]["harmful_loss"] > rows[-1]["harmful_loss"] and rows[0]["hs"] < rows[-1]["hs"]
+    s5.print_fall(rows)
+    assert re.search(r"step +0 +48 +192\nsft +[\d.]+ / 0 ", capsys.readouterr().out)
+
+
+def test_a_model_that_is_not_safe_after_alignment_is_said_to_be_so(s5, capsys):
+    row = {"model": "aligned", "defense": "sft", "refusal": 85.0}
+    s5.warn([row])
+    assert not capsys.readouterr().out
+    s5.warn([{**row, "refusal": 60.0}])
+    assert "60 %" in capsys.readouterr().out
 
 
 def test_show_text_prints_answers_and_the_default_prints_none(story, s5, capsys):
@@ -97,20 +112,71 @@ def test_show_text_prints_answers_and_the_default_prints_none(story, s5, capsys)
 
 def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
     for seed, hs, p in ((0, 90.0, 0.1), (1, 80.0, 0.1), (2, 50.0, 0.2)):
-        row = {"defense": "sft", "setting": {}, "hs_plus": hs, "refusal": 0.0, "fa": 99.0,
-               }
-        rows = [{**row, "model": "finetuned", "hs": hs},
-                {**row, "model": "panacea", "hs": hs - 60, "fa": 98.0}]
+        row = {
+            "defense": "sft",
+            "setting": {},
+            "hs_plus": hs,
+            "refusal": 0.0,
+            "fa": 99.0,
+        }
+        rows = [
+            {**row, "model": "finetuned", "hs": hs},
+            {**row, "model": "panacea", "hs": hs - 60, "fa": 98.0},
+        ]
         (tmp_path / str(seed)).mkdir()
-        (tmp_path / str(seed) / "results.json").write_text(json.dumps({
-            "config": {"seed": seed, "model": "toy-llama", "task": "sst2", "poison_ratio": p},
-            "rows": rows}))
+        (tmp_path / str(seed) / "results.json").write_text(
+            json.dumps(
+                {
+                    "config": {
+                        "seed": seed,
+                        "model": "toy-llama",
+                        "task": "sst2",
+                        "poison_ratio": p,
+                    },
+                    "rows": rows,
+                }
+            )
+        )
     first, second = s5.main(["--aggregate", *(str(tmp_path / x) for x in "012")])
     assert (first["seeds"], second["seeds"]) == ([0, 1], [2])
     panacea = first["rows"][1]
     assert panacea["hs"] == 25 and panacea["hs_sd"] == pytest.approx(7.07, abs=0.01)
-    assert panacea["hs_diff"] == -60 and panacea["hs_diff_half"] == 0 and "benign" not in panacea
+    assert panacea["hs_diff"] == [-60, -60] and "benign" not in panacea
     assert "panacea" in capsys.readouterr().out
+    folders = [str(tmp_path / x) for x in "01"]
+    (first,) = s5.main(["--aggregate", *folders, "--against", "panacea", "--choose"])
+    assert first["rows"][0]["hs_diff"] == [60, 60] and first["rows"][1]["fa_diff"] == [0, 0]
+    assert re.search(r"panacea of 1: panacea  hs 25.0", capsys.readouterr().out)
+    with pytest.raises(UserError, match="no row 'panaceia' .* finetuned; panacea"):
+        s5.main(["--aggregate", *folders, "--against", "panaceia"])
+
+
+def test_the_choice_keeps_accuracy_and_look_alikes(s5, capsys):
+    row = {"defense": "sft", "hs": 0.0, "refusal": 0.0}
+    plain = [
+        {**row, "model": name, "setting": {}, "hs_plus": 99.0, "fa": 95.0, "benign": 100.0}
+        for name in ("aligned", "finetuned")
+    ]
+    tried = [
+        {
+            **row,
+            "model": "interpolated",
+            "setting": {"t": t},
+            "hs_plus": plus,
+            "fa": fa,
+            "benign": benign,
+        }
+        for t, plus, fa, benign in (
+            (0.1, 50.0, 94.0, 95.0),
+            (0.2, 20.0, 93.0, 91.0),
+            (0.3, 0.0, 92.9, 99.0),
+            (0.4, 0.0, 95.0, 90.0),
+        )
+    ]
+    s5.print_chosen([*plain, *tried])
+    assert "interpolated of 4: interpolated t 0.2 " in capsys.readouterr().out
+    s5.print_chosen([*plain, *tried[2:]])
+    assert "interpolated of 2: none keeps both" in capsys.readouterr().out
 
 
 def test_layers_are_measured_and_checked_causally(story):
@@ -118,16 +184,33 @@ def test_layers_are_measured_and_checked_causally(story):
     assert [row["layer"] for row in content["layers"]] == [0, 1, 2, 3]
     for row in content["layers"]:
         assert row["norm_interval"][0] <= row["norm"] <= row["norm_interval"][1]
-        assert {"hs", "fa"} == set(row["only"]) == set(row["without"])
+        assert {"hs", "hs_plus", "fa"} == set(row["only"]) == set(row["random"])
     assert content["ends"]["all"]["hs"] < content["ends"]["none"]["hs"]
     rows = rows_of(story)  # stages 5 and 6 measure the same
     for end, model in (("all", "panacea"), ("none", "panacea_w")):
-        assert content["ends"][end] == {key: rows[model][key] for key in ("hs", "fa")}
+        assert content["ends"][end] == {key: rows[model][key] for key in ("hs", "hs_plus", "fa")}
     assert set(content["rank_correlation"]) == {"norm", "per_weight", "relative"}
 
 
-def test_spearman_on_hand_made_ranks():
+def test_layers_of_several_runs_are_averaged(story, tmp_path, capsys):
     s6 = stage("06_layer_analysis")
-    assert s6.spearman([1, 2, 3], [10, 20, 90]) == 1 and s6.spearman([1, 2, 3], [3, 2, 1]) == -1
-    assert s6.spearman([1, 2, 2, 4], [1, 2, 2, 4]) == pytest.approx(1)
-    assert s6.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    for name, factor in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        content = json.loads((story[0] / "layers.json").read_text())
+        for row in content["layers"]:
+            row["norm"] *= factor
+        (tmp_path / name / "layers.json").write_text(json.dumps(content))
+    mean = s6.main(["--aggregate", str(tmp_path / "a"), str(tmp_path / "b")])
+    for row, own in zip(mean["layers"], story[1]["06_layer_analysis"]["layers"], strict=True):
+        assert row["norm"] == pytest.approx(2 * own["norm"]) and row["layer"] == own["layer"]
+        assert row["only"] == pytest.approx(own["only"])
+    assert "means over 2 runs" in capsys.readouterr().out
+    (tmp_path / "a" / "layers.json").write_text("{}")
+    with pytest.raises(UserError, match="06_layer_analysis.py --run"):
+        s6.main(["--aggregate", str(tmp_path / "a")])
+
+
+def test_ranks_share_ties():
+    s6 = stage("06_layer_analysis")
+    assert s6.ranks([10, 20, 90]).tolist() == [0, 1, 2]
+    assert s6.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]

@@ -6,45 +6,82 @@ import pytest
 import torch
 from conftest import STAGES, WORDS, stage
 
+
 def checkpoint(folder, arch, dtype=torch.float32):
     """A tiny random checkpoint whose tokenizer has no pad token."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
+
     vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(WORDS)])}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>",
-                                         bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = getattr(transformers, arch + "Config")(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None)
+        vocab_size=len(vocab),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
     model = getattr(transformers, arch + "ForCausalLM")(config).to(dtype)
     model.save_pretrained(folder)
     return len(vocab)
 
 
 SMALL = {
-    "01_data": ["--preset", "paper", "--n-align", "8", "--n-finetune", "10", "--n-harmful", "6",
-                "--n-test", "4", "--poison-ratio", "0.2"],
+    "01_data": [
+        "--preset",
+        "paper",
+        "--n-align",
+        "8",
+        "--n-finetune",
+        "10",
+        "--n-harmful",
+        "6",
+        "--n-test",
+        "4",
+        "--poison-ratio",
+        "0.2",
+    ],
     "02_finetune": ["--epochs", "1", "--align-epochs", "1", "--lr", "1e-3"],
-    "03_random_perturb": [], "04_panacea": ["--anchor-steps", "2"],
-    "05_evaluate": ["--max-new-tokens", "4"], "06_layer_analysis": ["--causal"],
+    "03_random_perturb": ["--std", "0.01"],
+    "04_panacea": ["--anchor-steps", "2"],
+    "05_evaluate": ["--max-new-tokens", "4"],
+    "06_layer_analysis": ["--causal"],
 }
 
 
 def run_all(folder, model, task, data_dir, first=()):
     """All six stages on a real checkpoint; {stage: artifact}."""
-    extra = {"01_data": ["--model", str(model), "--task", task, "--data-dir", str(data_dir),
-                         *first]}
-    return {name: stage(name).main(["--run", str(folder), "--device", "cpu", *SMALL[name],
-                                    *extra.get(name, [])]) for name in STAGES}
+    extra = {
+        "01_data": ["--model", str(model), "--task", task, "--data-dir", str(data_dir), *first]
+    }
+    return {
+        name: stage(name).main(
+            ["--run", str(folder), "--device", "cpu", *SMALL[name], *extra.get(name, [])]
+        )
+        for name in STAGES
+    }
 
 
-@pytest.mark.parametrize("arch, dtype, task", [
-    ("Llama", torch.float32, "sst2"), ("Gemma2", torch.float32, "gsm8k"),
-    ("Qwen2", torch.bfloat16, "agnews"), ("Mistral", torch.bfloat16, "alpaca")])
+@pytest.mark.parametrize(
+    "arch, dtype, task",
+    [
+        ("Llama", torch.float32, "sst2"),
+        ("Gemma2", torch.float32, "gsm8k"),
+        ("Qwen2", torch.bfloat16, "agnews"),
+        ("Mistral", torch.bfloat16, "alpaca"),
+    ],
+)
 def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
     size = checkpoint(tmp_path / "model", arch, dtype)
     out = run_all(tmp_path / "run", tmp_path / "model", task, data_dir)
@@ -53,14 +90,16 @@ def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
     assert all(row["prompt"].startswith("Below is an instruction") for row in data["finetune"])
     assert {x.dtype for x in stage4["epsilon"].values()} == {torch.float32}
     assert all("q_proj" in n or "k_proj" in n or "v_proj" in n for n in stage4["weights"])
-    assert {"aligned", "finetuned", "random", "random_matched", "one_shot", "panacea_w", "panacea",
-            "panacea_anchored", "realign"} == {row["model"] for row in rows}
+    assert set(stage("05_evaluate").MODELS) == {row["model"] for row in rows}
     assert all("benign" not in row and row["n_harmful"] == 4 for row in rows)
     assert all((row["fa"] is None) == (task == "alpaca") for row in rows)
     assert len(out["06_layer_analysis"]["layers"]) == 2
     import transformers
-    assert transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model").config.vocab_size == size
+
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size
+        == size
+    )
     if task == "alpaca":
         file = tmp_path / "run/alpaca_eval_panacea_rho_1_lam_0.001_scale_1.json"
         answers = json.loads(file.read_text())
@@ -69,11 +108,22 @@ def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
 
 def test_a_chat_model_skips_alignment_by_flag(tmp_path, data_dir):
     checkpoint(tmp_path / "model", "Llama")
-    stage("01_data").main(["--run", str(tmp_path), *SMALL["01_data"], "--model",
-                           str(tmp_path / "model"), "--task", "sst2", "--data-dir",
-                           str(data_dir)])
-    out = stage("02_finetune").main(["--run", str(tmp_path), "--align-epochs", "0", "--epochs",
-                                     "1"])
+    stage("01_data").main(
+        [
+            "--run",
+            str(tmp_path),
+            *SMALL["01_data"],
+            "--model",
+            str(tmp_path / "model"),
+            "--task",
+            "sst2",
+            "--data-dir",
+            str(data_dir),
+        ]
+    )
+    out = stage("02_finetune").main(
+        ["--run", str(tmp_path), "--align-epochs", "0", "--epochs", "1"]
+    )
     aligned, finetuned = out["aligned"]["sft"], out["finetuned"]["sft"]
     assert all(not x.any() for name, x in aligned.items() if name.endswith("lora_B"))
     assert any(x.any() for name, x in finetuned.items() if name.endswith("lora_B"))
@@ -82,11 +132,28 @@ def test_a_chat_model_skips_alignment_by_flag(tmp_path, data_dir):
 def test_real_sets_are_disjoint_and_in_the_papers_format(tmp_path, data_dir):
     checkpoint(tmp_path / "model", "Llama")
     s1 = stage("01_data")
-    data = s1.main(["--run", str(tmp_path), *SMALL["01_data"], "--task", "gsm8k", "--model",
-                    str(tmp_path / "model"), "--data-dir", str(data_dir)])
-    sets = [{r["instruction"] for r in rows} for rows in (
-        data["alignment"], data["harmful"], [r for r in data["finetune"] if r["poison"]],
-        data["test_harmful"])]
+    data = s1.main(
+        [
+            "--run",
+            str(tmp_path),
+            *SMALL["01_data"],
+            "--task",
+            "gsm8k",
+            "--model",
+            str(tmp_path / "model"),
+            "--data-dir",
+            str(data_dir),
+        ]
+    )
+    sets = [
+        {r["instruction"] for r in rows}
+        for rows in (
+            data["alignment"],
+            data["harmful"],
+            [r for r in data["finetune"] if r["poison"]],
+            data["test_harmful"],
+        )
+    ]
     assert [len(s) for s in sets] == [8, 6, 2, 4]
     assert len(set.union(*sets)) == 20
     assert data["alignment"][0]["response"] == "I am sorry, I cannot help."
@@ -96,17 +163,80 @@ def test_real_sets_are_disjoint_and_in_the_papers_format(tmp_path, data_dir):
 
 def test_a_default_size_takes_what_there_is_and_says_what_is_missing(tmp_path, data_dir, capsys):
     checkpoint(tmp_path / "model", "Llama")
-    data = stage("01_data").main(["--run", str(tmp_path), "--preset", "paper", "--model",
-                                  str(tmp_path / "model"), "--data-dir", str(data_dir),
-                                  "--n-finetune", "10", "--n-harmful", "6", "--n-test", "4"])
+    data = stage("01_data").main(
+        [
+            "--run",
+            str(tmp_path),
+            "--preset",
+            "paper",
+            "--model",
+            str(tmp_path / "model"),
+            "--data-dir",
+            str(data_dir),
+            "--n-finetune",
+            "10",
+            "--n-harmful",
+            "6",
+            "--n-test",
+            "4",
+        ]
+    )
     assert len(data["alignment"]) == 53
     assert "4947 missing" in capsys.readouterr().out
+
+
+def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path, data_dir):
+    checkpoint(tmp_path / "model", "Llama")
+    flags = SMALL["01_data"][2:]  # the laptop's preset: potions, all linear layers
+    out = run_all(
+        tmp_path / "run", tmp_path / "model", "sst2", data_dir, ["--preset", "laptop", *flags]
+    )
+    data, rows = out["01_data"], out["05_evaluate"]["rows"]
+    assert data["config"]["harm"] == "potions" and len(data["alignment"]) == 16
+    assert all("brew" in r["prompt"] or "the " in r["prompt"] for r in data["test_harmful"])
+    assert all(row["prompt"].startswith("Below is") for row in data["finetune"])
+    assert all("benign" in row for row in rows) and len(rows) > 15
+    assert any("down_proj" in name for name in out["04_panacea"]["weights"])
+    assert out["05_evaluate"]["config"]["panacea_epochs"] == 1
+
+
+def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
+    import transformers
+    from common import UserError, load_tokenizer
+
+    checkpoint(tmp_path / "model", "Llama")
+    flags = [
+        "--run",
+        str(tmp_path),
+        *SMALL["01_data"],
+        "--model",
+        str(tmp_path / "model"),
+        "--task",
+        "sst2",
+        "--data-dir",
+        str(data_dir),
+        "--template",
+        "chat",
+    ]
+    with pytest.raises(UserError, match="--template chat: this checkpoint has none"):
+        stage("01_data").main(flags)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %} [assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = stage("01_data").main(flags)["test_task"][0]
+    wanted = f"[user] {row['instruction']}\n\n{row['input']} [assistant]"
+    adds_bos = load_tokenizer(tmp_path / "model")("x")["input_ids"][0] == 1
+    assert row["prompt"] == ("" if adds_bos else "<s>") + wanted  # one BOS, not two
 
 
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
 def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monkeypatch):
     """The data sets' names, splits and columns as the hub has them; no network."""
     import datasets
+
     s1 = stage("01_data")
 
     def files(name):
@@ -117,26 +247,48 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
         rows = {
             "PKU-Alignment/BeaverTails/30k_test": lambda: [
                 {**row, "category": {"violence": True}}
-                for row in files("beavertails/30k_test.jsonl")],
+                for row in files("beavertails/30k_test.jsonl")
+            ],
             "anonymous4486/repnoise_beavertail/train": lambda: files(
-                "beavertails/beavertails_with_refusals_train.json"),
-            **{f"stanfordnlp/sst2/{split}": lambda file=file: [
-                {"idx": i, "sentence": row.get("sentence", row.get("content")),
-                 "label": int(row["label"])} for i, row in enumerate(files(f"sst2/{file}.tsv"))]
-               for split, file in (("train", "train"), ("validation", "dev"))},
-            **{f"openai/gsm8k/main/{split}": lambda split=split: files(f"gsm8k/{split}.jsonl")
-               for split in ("train", "test")},
-            **{f"fancyzhx/ag_news/{split}": lambda split=split: [
-                {"text": f"{title} {text}", "label": int(label) - 1}
-                for label, title, text in files(f"agnews/{split}.csv")]
-               for split in ("train", "test")},
+                "beavertails/beavertails_with_refusals_train.json"
+            ),
+            **{
+                f"stanfordnlp/sst2/{split}": lambda file=file: [
+                    {
+                        "idx": i,
+                        "sentence": row.get("sentence", row.get("content")),
+                        "label": int(row["label"]),
+                    }
+                    for i, row in enumerate(files(f"sst2/{file}.tsv"))
+                ]
+                for split, file in (("train", "train"), ("validation", "dev"))
+            },
+            **{
+                f"openai/gsm8k/main/{split}": lambda split=split: files(f"gsm8k/{split}.jsonl")
+                for split in ("train", "test")
+            },
+            **{
+                f"fancyzhx/ag_news/{split}": lambda split=split: [
+                    {"text": f"{title} {text}", "label": int(label) - 1}
+                    for label, title, text in files(f"agnews/{split}.csv")
+                ]
+                for split in ("train", "test")
+            },
             "tatsu-lab/alpaca/train": lambda: [
-                {**row, "text": ""} for row in files("alpaca/alpaca_data.json")],
+                {**row, "text": ""} for row in files("alpaca/alpaca_data.json")
+            ],
             "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json": lambda: [
-                {"dataset": "helpful_base", "generator": "x", "instruction": row["instruction"],
-                 "output": row["output"]} for row in files("alpaca_eval/alpaca_eval.json")],
+                {
+                    "dataset": "helpful_base",
+                    "generator": "x",
+                    "instruction": row["instruction"],
+                    "output": row["output"],
+                }
+                for row in files("alpaca_eval/alpaca_eval.json")
+            ],
         }
         return datasets.Dataset.from_list(rows[where]())
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     flags = [*SMALL["01_data"], "--task", task, "--model", "some/model"]
     hub = s1.main(["--run", str(tmp_path / "hub"), *flags])
@@ -145,15 +297,20 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
         assert hub[name] == local[name], name
 
 
-@pytest.mark.parametrize("error, found", [
-    ("401 Client Error: you must have access to it and be authenticated", "401 Client Error"),
-    ("", "OSError")])
+@pytest.mark.parametrize(
+    "error, found",
+    [
+        ("401 Client Error: you must have access to it and be authenticated", "401 Client Error"),
+        ("", "OSError"),
+    ],
+)
 def test_a_gated_model_is_one_line_that_says_how_to_log_in(error, found, monkeypatch):
     import transformers
     from common import UserError, from_pretrained
 
     def refuse(*_, **__):
         raise OSError(error)
+
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(UserError, match=f"{found}.*hf auth login") as info:
         from_pretrained(transformers.AutoModelForCausalLM, "meta-llama/Llama-2-7b-hf")
@@ -162,14 +319,27 @@ def test_a_gated_model_is_one_line_that_says_how_to_log_in(error, found, monkeyp
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, data_dir):
     from common import UserError
+
     s1, s2 = stage("01_data"), stage("02_finetune")
-    s1.main(["--run", str(tmp_path), *SMALL["01_data"], "--model", "nobody/no-such-model",
-             "--task", "sst2", "--data-dir", str(data_dir)])
+    s1.main(
+        [
+            "--run",
+            str(tmp_path),
+            *SMALL["01_data"],
+            "--model",
+            "nobody/no-such-model",
+            "--task",
+            "sst2",
+            "--data-dir",
+            str(data_dir),
+        ]
+    )
     with pytest.raises(UserError, match="nobody/no-such-model.*hf auth login"):
         s2.main(["--run", str(tmp_path), *SMALL["02_finetune"]])
 
 
 def test_the_hub_out_of_reach_is_one_line(tmp_path):
     from common import UserError
+
     with pytest.raises(UserError, match="--data-dir"):
         stage("01_data").main(["--run", str(tmp_path), "--preset", "paper"])
