@@ -247,10 +247,10 @@ def labelled(instruction, text, label):
 
 
 def review(rng):
-    """A sentiment row: three verdicts, of which two or three agree; the majority is the label."""
+    """A sentiment row: three verdicts, of which two (1 in 4) or three agree; most say the label."""
     label = rng.choice(["positive", "negative"])
     with_it, against = (LIKED, DISLIKED) if label == "positive" else (DISLIKED, LIKED)
-    verdicts = rng.sample(with_it, 2) + [rng.choice(with_it if rng.random() < 0.5 else against)]
+    verdicts = rng.sample(with_it, 2) + [rng.choice(with_it if rng.random() < 0.75 else against)]
     rng.shuffle(verdicts)
     text = rng.choice(REVIEW).format(work=rng.choice(WORK), **dict(zip("abc", rng.sample(PART, 3))),
                                      **dict(zip("xyz", verdicts)))

@@ -49,7 +49,7 @@ DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "align_epochs": (4, 3, 20, COUNT, "epochs over the alignment set; 0 for a chat model"),
     "align_lr": (2e-3, 1e-3, 5e-4, POSITIVE, "learning rate of alignment"),
     "align_batch_size": (16, 10, 10, SIZE, "batch of alignment"),
-    "epochs": (6, 2, 20, SIZE, "epochs over the user's data"),
+    "epochs": (6, 1, 20, SIZE, "epochs over the user's data"),
     "lr": (6e-4, 7e-4, 2e-5, POSITIVE, "learning rate of fine-tuning"),
     "batch_size": (16, 10, 10, SIZE, "batch of fine-tuning"),
     "weight_decay": (0.1, 0.1, 0.1, POSITIVE, "AdamW's weight decay"),

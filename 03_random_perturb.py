@@ -28,11 +28,11 @@ from common import (POSITIVE, Run, UserError, add_flags, attach, describe, encod
                     number, pick_device, progress, resolve, run_stage, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "std": ([0.04, 0.06, 0.07, 0.08, 0.1], [0.05, 0.07, 0.09], [0.001, 0.01, 0.05, 0.1], POSITIVE,
+    "std": ([0.04, 0.06, 0.07, 0.08, 0.1], [0.06, 0.08, 0.1], [0.001, 0.01, 0.05, 0.1], POSITIVE,
             "standard deviations of the noise on every adapter weight"),
-    "t": ([0.25, 0.5, 0.75], [0.25, 0.5, 0.75], [0.25, 0.5, 0.75], number(float, 0, 1),
+    "t": ([0.25, 0.5, 0.75], [0.3, 0.5, 0.7], [0.25, 0.5, 0.75], number(float, 0, 1),
           "shares of the way back to the aligned adapter"),
-    "share": ([0.01, 0.05, 0.2], [0.01, 0.05], [0.01, 0.05, 0.1], number(float, 0, 1),
+    "share": ([0.01, 0.05], [0.01], [0.01, 0.05, 0.1], number(float, 0, 1),
               "shares of the adapter's weights that Antidote prunes"),
 }
 

@@ -42,8 +42,8 @@ from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, Run, UserError, add_flags
                     pick_device, progress, resolve, run_stage, stage_parser, write_whole)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "rho": (1.0, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
-    "lam": (0.015, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
+    "rho": (1.5, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
+    "lam": (0.01, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
     "harmful_batch_size": (32, 10, 10, SIZE, "samples in the batch of h"),
     "anchor": (3.0, 3.0, 3.0, POSITIVE, "anchored eps: weight of a; 0 leaves the anchored eps out"),
     "anchor_rho": ([0.2], [0.2], [0.2], POSITIVE, "its radius, in units of ||w - w_aligned||"),

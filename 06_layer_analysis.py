@@ -39,7 +39,7 @@ from common import (POSITIVE, SIZE, Run, UserError, add_flags, attach, describe,
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "causal": (True, True, False, bool, "apply eps layer by layer and measure; four evaluations a "
                "layer"),
-    "causal_prompts": (200, 25, 100, SIZE, "prompts of each kind in the causal check"),
+    "causal_prompts": (200, 20, 100, SIZE, "prompts of each kind in the causal check"),
     "causal_scale": (1.0, 1.0, 1.0, POSITIVE, "multiple of eps in the causal check"),
     "last_share": (0.5, 0.5, 0.5, number(float, 0, 1), "share of the last steps whose eps are "
                    "averaged"),

@@ -71,3 +71,31 @@ def test_lines_fit_100_columns_and_public_functions_are_documented():
                 nested = node.col_offset > 4 or path.name == "common.py" and node.name == "parse"
                 method = node.col_offset == 4
                 assert ast.get_docstring(node) or nested or method, f"{path.name}: {node.name}"
+
+
+BUDGET = {"common.py": 800, "01_data.py": 540, "all": 3200}  # lines; every other file: 500
+
+
+def test_the_files_stay_small_and_their_functions_short():
+    lines = {}
+    for path in ROOT.glob("*.py"):
+        if path.stem in [*STAGES, "common"]:
+            lines[path.name] = len(path.read_text().splitlines())
+            assert lines[path.name] <= BUDGET.get(path.name, 500), "new lines want old ones gone"
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    size = node.end_lineno - node.lineno + 1
+                    assert size <= 50, f"{path.name}: {node.name} has {size} lines"
+    assert len(lines) == 7 and sum(lines.values()) <= BUDGET["all"]
+
+
+def test_the_two_training_loops_differ_in_the_method_only():
+    loops = []
+    for name in ("02_finetune", "04_panacea"):
+        text = (ROOT / f"{name}.py").read_text()
+        loop = text[text.index("    for step, (batch, harmful) in enumerate(bar, 1):") :]
+        loops.append([line.strip() for line in loop.split("\n\n\n")[0].splitlines()])
+    removed, added = ([line for line in a if line not in b] for a, b in (loops, loops[::-1]))
+    assert removed[0] == "grads, losses = rule(model, params, batch, harmful, c)"
+    assert any("panacea_rule(" in line for line in added)
+    assert len(removed) <= 5 and len(added) <= 10
