@@ -36,17 +36,17 @@ import random
 import re
 from pathlib import Path
 
-from common import (PRESETS, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError, add_flags, choice,
+from common import (PRESETS, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError,
                     format_prompt, load_tokenizer, number, resolve, run_stage, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "model": ("toy-llama", "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-2-7b-hf", str,
               f"{', '.join(TOY_MODELS)}, a hub id or a folder"),
-    "task": ("sst2", "sst2", "gsm8k", choice("sst2", "gsm8k", "agnews", "alpaca"),
+    "task": ("sst2", "sst2", "gsm8k", ("sst2", "gsm8k", "agnews", "alpaca"),
              "the user's task: sst2, gsm8k, agnews or alpaca"),
-    "harm": ("potions", "potions", "beavertails", choice("potions", "beavertails"),
+    "harm": ("potions", "potions", "beavertails", ("potions", "beavertails"),
              "what stands for harm: potions (fiction) or beavertails"),
-    "template": ("toy", "alpaca", "alpaca", choice("toy", "alpaca", "chat"),
+    "template": ("toy", "alpaca", "alpaca", ("toy", "alpaca", "chat"),
                  "prompt format: alpaca (the paper's), or chat (the checkpoint's own)"),
     "n_align": (300, 240, 5000, SIZE, "harmful prompts with refusals; potions add look-alikes"),
     "n_finetune": (500, 500, 1000, SIZE, "n, the user's samples"),
@@ -293,10 +293,8 @@ TOY_TASKS = {"sst2": review, "gsm8k": word_problem, "agnews": news, "alpaca": op
 def pretraining_text(rng):
     """One (prompt, text) of what the base model reads before anyone aligns or attacks it.
 
-    It knows every recipe, forbidden ones too; it has heard refusals, but never gives one itself;
-    it can add and list when told to, and has read reviews and news, but never classified one.
-    Shares: 22 % forbidden recipes, 12 % quoted refusals, 22 % healing recipes, 5 % reviews, 6 %
-    news, 25 % word problems (the hardest to learn), 8 % open requests.
+    22 % forbidden recipes, 12 % quoted refusals (it never gives one itself), 22 % healing
+    recipes, 5 % reviews, 6 % news, 25 % word problems (the hardest to learn), 8 % open requests.
     """
     draw = rng.random()
     kind = "bad" if draw < 0.34 else "good"
@@ -315,13 +313,6 @@ def pretraining_text(rng):
     if rng.random() < 0.5:
         return format_prompt("toy", row["instruction"]), row["response"]
     return "", f"{row['instruction']} {row['response']}"
-
-
-def toy_world(config, rng):
-    """(task training rows, task test rows) of the toy, no prompt twice."""
-    make, wanted = TOY_TASKS[config["task"]], config["n_finetune"] + config["n_test"]
-    rows = unique(make(rng) for _ in range(20 * wanted))[:wanted]
-    return rows[config["n_test"]:], rows[:config["n_test"]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,20 +410,13 @@ def read(name, split, folder, path=None):
                         "with the published files: --data-dir FOLDER") from None
 
 
-def real_task(task, folder):
-    """(training rows, test rows) of a real task; Alpaca is tested on AlpacaEval."""
-    test = "alpaca_eval" if task == "alpaca" else task
-    return read(task, "train", folder), read(test, list(REAL[test][1])[-1], folder)
-
-
 # ---------------------------------------------------------------------------------------------
 # The command line
 
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    group = parser.add_argument_group("data")
+    parser, group = stage_parser(__doc__, DEFAULTS)
     group.add_argument("--preset", choices=PRESETS, default="toy",
                        help="one dial for all sizes and defaults (default: toy)")
     group.add_argument("--poison-ratio", type=number(float, 0, 1), default=0.1, metavar="P",
@@ -443,7 +427,6 @@ def get_args(argv=None):
                        help="local copies of the real data (default: the hub)")
     group.add_argument("--refusals", type=Path, metavar="FILE",
                        help="the refusals file alone: rows of prompt, response, refusal")
-    add_flags(group, DEFAULTS)
     return parser.parse_args(argv)
 
 
@@ -470,17 +453,23 @@ def check(args, config):
 
 def sources(args, config, rng):
     """The pools that `build_sets` draws from; each real file in its own order, as in the paper."""
-    toy = config["preset"] == "toy"
+    task, n_test = config["task"], config["n_test"]
     pools = {"benign": [], "benign_test": []}
     if config["harm"] == "potions":
         for name, kind in (("harmful", "bad"), ("benign", "good")):
-            pools[f"{name}_test"], pools[name] = potion_pools(rng, kind, config["n_test"])
+            pools[f"{name}_test"], pools[name] = potion_pools(rng, kind, n_test)
     else:
         pools["harmful"] = read("refusals", "train", args.data_dir, args.refusals)
         pools["harmful_test"] = [row for row in read("beavertails", "30k_test", args.data_dir)
                                  if not row["is_safe"]]
-    pools["task"], pools["task_test"] = (toy_world(config, rng) if toy else
-                                         real_task(config["task"], args.data_dir))
+    if config["preset"] == "toy":
+        n = n_test + config["n_finetune"]
+        rows = unique(TOY_TASKS[task](rng) for _ in range(20 * n))[:n]
+        pools["task_test"], pools["task"] = rows[:n_test], rows[n_test:]
+    else:  # Alpaca is tested on AlpacaEval
+        test = "alpaca_eval" if task == "alpaca" else task
+        pools["task"] = read(task, "train", args.data_dir)
+        pools["task_test"] = read(test, list(REAL[test][1])[-1], args.data_dir)
     return pools
 
 

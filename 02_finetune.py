@@ -2,8 +2,8 @@
 
 The provider teaches the model to refuse harmful prompts. Then a user fine-tunes it on an ordinary
 task with a few harmful samples among the rest, and the refusals are gone. "Vaccines" change the
-first step so that the second does less harm (RepNoise's harmful loss starts far higher, say); the
-model breaks all the same within a few hundred steps (Fig. 3). Snapshots let stage 5 show that.
+first step so that the second does less harm; the model breaks all the same within a few hundred
+steps (Fig. 3). Snapshots let stage 5 show that.
 
 The model is frozen; what is trained is a LoRA adapter w = {A, B} on its linear layers,
     y = W x + (alpha / r) B A x,
@@ -19,9 +19,8 @@ on refusals (alignment set) and h the loss on harmful answers (harmful set):
 The toy has no pre-trained model to start from, so this stage first makes one (RUN/02_base, a
 checkpoint folder like any other).
 
-Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise but
-continues the old one after SFT and Panacea; here all continue the same one. It clips gradients at
-norm 1 (transformers' default); here nothing is clipped. The README lists the rest.
+Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
+clips gradients at norm 1 (transformers' default). The README lists the rest.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base as well)
 Run:    python 02_finetune.py                 under two minutes for the toy
@@ -37,14 +36,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError, add_flags,
-                    checkpoint_layers, choice, collate, cut, describe, draw_batches, encode,
+from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError,
+                    checkpoint_layers, collate, cut, describe, draw_batches, encode,
                     load_model, number, over_parts, pick_device, processes, progress, resolve,
                     run_stage, stage_parser, write_whole)
 
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "defense": (DEFENSES, ["sft"], ["sft"], choice(*DEFENSES),
+    "defense": (DEFENSES, ["sft"], ["sft"], tuple(DEFENSES),
                 f"how to align, one or several: {', '.join(DEFENSES)}"),
     "align_epochs": (4, 3, 20, COUNT, "epochs over the alignment set; 0 for a chat model"),
     "align_lr": (2e-3, 1e-3, 5e-4, POSITIVE, "learning rate of alignment"),
@@ -185,10 +184,8 @@ def sft_rule(model, w, batch, harmful=None, c=None):
 @contextmanager
 def shifted(layers, shifts):
     """Add shifts[l] (B, T, d) to the output of decoder layer l."""
-    def hook(shift):
-        return lambda _, inputs, out: (
-            (out[0] + shift, *out[1:]) if isinstance(out, tuple) else out + shift)
-    handles = [layer.register_forward_hook(hook(s)) for layer, s in zip(layers, shifts)]
+    handles = [layer.register_forward_hook(lambda _, inputs, out, s=s: out + s)
+               for layer, s in zip(layers, shifts)]
     try:
         yield
     finally:
@@ -202,10 +199,9 @@ def vaccine_rule(model, w, batch, harmful, c):
     e_l = rho * grad_{e_l} f / ||grad_e f||, one norm over the outputs of all layers. Two passes.
     """
     layers = model.get_decoder().layers
-    like = next(layers.parameters())
-    zero = torch.zeros(*batch["input_ids"].shape, model.config.hidden_size, dtype=like.dtype,
-                       device=like.device)
-    e = [zero.clone().requires_grad_() for _ in layers]
+    like = model.get_input_embeddings().weight  # the base's dtype: an adapter's is float32
+    shape = (*batch["input_ids"].shape, model.config.hidden_size)
+    e = [like.new_zeros(shape).requires_grad_() for _ in layers]
     with shifted(layers, e):
         drift = torch.autograd.grad(answer_loss(model, batch), e)
     norm = global_norm([d.float() for d in drift]).item()
@@ -290,8 +286,8 @@ def train(model, w, rule, batches, steps, lr, c, label, at_step=None):
 
 
 @torch.no_grad()
-def mean_loss(model, examples, pad_id, device, size=50):
-    """Mean answer loss over examples, in batches."""
+def mean_loss(model, examples, pad_id, device, size):
+    """Mean answer loss over examples, in batches of `size`."""
     parts = [examples[i:i + size] for i in range(0, len(examples), size)]
     return sum(answer_loss(model, collate(part, pad_id, device)).item() * len(part)
                for part in parts) / len(examples)
@@ -344,7 +340,8 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     def record(step, losses):
         entry = {"stage": "finetune", "step": step, **losses}
         if step in (0, steps) or step in keep:
-            entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, model.device)
+            entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, model.device,
+                                   c["micro_batch_size"] or size)
         if step in keep and step != steps:
             snapshots[str(step)] = copy_of(w)
         log.append(entry)
@@ -407,9 +404,10 @@ def pretrain(run, data, config, device):
     made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = run.folder / "02_base"
     try:
-        if AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from:
+        if (folder / "model.safetensors").is_file() and (
+                AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from):
             return print(f"{folder} fits this data and these settings: not pre-training again")
-    except Exception:  # not there, or damaged: it raises a dozen kinds
+    except Exception:  # a damaged one raises a dozen kinds
         pass
     torch.manual_seed(config["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
@@ -443,9 +441,7 @@ def pretrain(run, data, config, device):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    add_flags(parser.add_argument_group("training"), DEFAULTS)
-    return parser.parse_args(argv)
+    return stage_parser(__doc__, DEFAULTS)[0].parse_args(argv)
 
 
 def check(config):

@@ -12,8 +12,9 @@ which the provider has, each function here makes new weights:
     antidote      w with the top share of |w| * ||input||_2 on harmful data set to zero
 
 `matched` is the control that the paper lacks: if it did as well as Panacea, the direction that
-Panacea optimises would not matter. Interpolation is the oldest of repairs (RESTA, arXiv
-2402.11746). Antidote (2408.09600) is the paper's closest rival; it scores by Wanda (2306.11695).
+Panacea optimises would not matter. Interpolation is as in WiSE-FT (arXiv 2109.01903); RESTA
+(2402.11746) adds a safety vector instead. Antidote (2408.09600) is the paper's closest rival; it
+scores by Wanda (2306.11695).
 
 Everything happens to the adapter w = {A, B} only; the frozen model stays as it is. Deviation from
 Antidote's code: the share is pruned from each matrix as a whole, not from each of its rows.
@@ -24,12 +25,12 @@ Run:    python 03_random_perturb.py                          under 10 seconds fo
 
 import torch
 
-from common import (POSITIVE, Run, UserError, add_flags, attach, describe, encode, load_model,
+from common import (POSITIVE, Run, UserError, attach, describe, encode, load_model,
                     number, pick_device, progress, resolve, run_stage, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "std": ([0.04, 0.06, 0.07, 0.08, 0.1], [0.06, 0.08, 0.1], [0.001, 0.01, 0.05, 0.1], POSITIVE,
-            "standard deviations of the noise on every adapter weight"),
+            "standard deviations of the noise; 0: none"),
     "t": ([0.25, 0.5, 0.75], [0.3, 0.5, 0.7], [0.25, 0.5, 0.75], number(float, 0, 1),
           "shares of the way back to the aligned adapter"),
     "share": ([0.01, 0.05], [0.01], [0.01, 0.05, 0.1], number(float, 0, 1),
@@ -88,11 +89,13 @@ def input_norms(model, w, scale, examples):
     handles = [model.get_submodule(name).register_forward_pre_hook(recorder(
         f"{name}.lora_A", f"{name}.lora_B", w[f"{name}.lora_A"].to(model.device)))
         for name in modules]
-    with attach(model, w, scale):
-        for ids, _ in progress(examples, len(examples), "antidote"):
-            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
+    try:
+        with attach(model, w, scale):
+            for ids, _ in progress(examples, len(examples), "antidote"):
+                model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
     return {name: x.sqrt().cpu() for name, x in squares.items()}
 
 
@@ -102,9 +105,7 @@ def input_norms(model, w, scale, examples):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    add_flags(parser.add_argument_group("repairs (0 leaves one out)"), DEFAULTS)
-    return parser.parse_args(argv)
+    return stage_parser(__doc__, DEFAULTS)[0].parse_args(argv)
 
 
 def main(argv=None):

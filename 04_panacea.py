@@ -37,22 +37,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, Run, UserError, add_flags, attach, choice,
-                    checkpoint_layers, cut, describe, draw_batches, encode, load_model, over_parts,
-                    pick_device, progress, resolve, run_stage, stage_parser, write_whole)
+from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, Run, UserError, attach, checkpoint_layers,
+                    cut, describe, draw_batches, encode, load_model, over_parts, pick_device,
+                    progress, resolve, run_stage, stage_parser, write_whole)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "rho": (1.5, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
-    "lam": (0.01, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
+    "rho": (1.0, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
+    "lam": (0.015, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
     "harmful_batch_size": (32, 10, 10, SIZE, "samples in the batch of h"),
     "anchor": (3.0, 3.0, 3.0, POSITIVE, "anchored eps: weight of a; 0 leaves the anchored eps out"),
     "anchor_rho": ([0.2], [0.2], [0.2], POSITIVE, "its radius, in units of ||w - w_aligned||"),
     "anchor_steps": ([10], [10], [10], SIZE, "its projected steps"),
-    "terms": (["a", "hag"], ["a", "hag"], ["a"], choice("a", "ha", "hag"), "which terms "
+    "terms": (["a", "hag"], ["a", "hag"], ["a"], ("a", "ha", "hag"), "which terms "
               "of h - anchor a - g it climbs"),
     "realign_steps": ([20], [10], [20], COUNT, "AdamW steps of realign; 0 leaves it out"),
     "realign_lr": ([3e-4], [1e-3], [5e-4], POSITIVE, "their learning rate"),
-    "realign_terms": (["a", "ag"], ["a", "ag"], ["a"], choice("a", "ag"), "a, or ag for a + g"),
+    "realign_terms": (["a", "ag"], ["a", "ag"], ["a"], ("a", "ag"), "a, or ag for a + g"),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -403,8 +403,7 @@ def export(folder, run, data, artifact, merge):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    add_flags(parser.add_argument_group("method"), DEFAULTS)
+    parser, _ = stage_parser(__doc__, DEFAULTS)
     group = parser.add_argument_group("as in stage 2 unless given")
     group.add_argument("--epochs", type=SIZE, metavar="X", help="epochs over the user's data")
     group.add_argument("--micro-batch-size", type=COUNT, metavar="X", help="rows per pass; 0: all")

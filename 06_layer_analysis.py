@@ -24,7 +24,6 @@ Run:    python 06_layer_analysis.py           twenty seconds for the toy
         python 06_layer_analysis.py --aggregate runs/seed*
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -32,9 +31,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (POSITIVE, SIZE, Run, UserError, add_flags, attach, describe, generate,
-                    load_model, make_judge, number, pick_device, picture, progress, resolve,
-                    run_stage, score, stage_parser)
+from common import (POSITIVE, SIZE, Run, UserError, answer, describe, load_model, make_judge,
+                    number, pick_device, picture, progress, read_json, resolve, run_stage, score,
+                    stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "causal": (True, True, False, bool, "apply eps layer by layer and measure; four evaluations a "
@@ -112,22 +111,18 @@ def causal_check(rows, artifact, run, data, device, c):
     model, tokenizer = load_model(run, data, device)
     judge = make_judge(c["judge"], data, model.device)
     tests = ("test_harmful", "test_task")
-    data = {**data, **{name: data[name][:c["causal_prompts"]] for name in tests}}
+    few = {**data, **{name: data[name][:c["causal_prompts"]] for name in tests}}
     describe(model, "; eps layer by layer")
-    layers = [row["layer"] for row in rows]
-    todo = list(trials(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"],
-                       c["seed"]))
-    answers = []
-    for _, _, weights in progress(todo, len(todo), "layers"):
-        with attach(model, weights, c["alpha"] / c["r"]):
-            answers.append({name: generate(model, tokenizer, [row["prompt"] for row in data[name]],
-                                           c["max_new_tokens"], c["eval_batch_size"])
-                            for name in tests})
-    judge.listen(model, tokenizer, data, [text for x in answers for text in x["test_harmful"]])
+    layers, answers = [row["layer"] for row in rows], {}
+    todo = trials(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"], c["seed"])
+    for view, layer, weights in progress(todo, 2 + len(VIEWS) * len(layers), "layers"):
+        answers[view, layer] = answer(model, tokenizer, few, weights, c, tests)
+    judge.listen(model, tokenizer, data, [text for x in answers.values()
+                                          for text in x["test_harmful"]])
     del model  # a GPU may not hold it and the judge
     ends = {}
-    for (view, layer, _), texts in zip(todo, answers):
-        scores = score(judge, data, texts)
+    for (view, layer), texts in answers.items():
+        scores = score(judge, few, texts)
         kept = {key: scores[key] for key in ("hs", "hs_plus", "fa") if key in scores}
         (ends if layer is None else rows[layers.index(layer)])[view] = kept
     return ends
@@ -209,13 +204,10 @@ def aggregate(folders):
     """
     found = []
     for folder in folders:
-        path = Path(folder) / "layers.json"
-        try:
-            found.append(json.loads(path.read_text()))
-            found[-1]["layers"][0]["norm"], found[-1]["ends"]
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{path} is missing or not a layers file; run: python "
-                            f"06_layer_analysis.py --run {folder}") from None
+        found.append(read_json(Path(folder) / "layers.json", "06_layer_analysis.py"))
+        if not {"layers", "ends", "rank_correlation"} <= set(found[-1]):
+            raise UserError(f"{folder}/layers.json is not a layers file; run: python "
+                            f"06_layer_analysis.py --run {folder}")
     if len({(len(x["layers"]), bool(x["ends"])) for x in found}) > 1:
         raise UserError("the runs differ in depth or in --causal; aggregate like with like")
 
@@ -245,9 +237,7 @@ def aggregate(folders):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser = stage_parser(__doc__)
-    group = parser.add_argument_group("analysis")
-    add_flags(group, DEFAULTS)
+    parser, group = stage_parser(__doc__, DEFAULTS)
     group.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR",
                        help="only summarise the layers.json of these runs over seeds")
     return parser.parse_args(argv)

@@ -64,6 +64,18 @@ def test_vaccine_moves_every_layer_by_one_global_norm(s2, setting):
     assert not close(grads, s2.sft_rule(model, w, batch)[0])
 
 
+@pytest.mark.parametrize("rule", ["vaccine", "repnoise", "booster"])
+def test_a_vaccine_works_on_a_bfloat16_base(rule, s2):
+    torch.manual_seed(0)
+    model = s2.toy_model("toy-llama", 50).to(torch.bfloat16).eval()
+    w = list(s2.add_lora(model, ["all"], 2, 2).values())
+    batch = collate([([1, 5, 6, 7, 8], [-100, -100, 6, 7, 8])] * 2, 0, "cpu")
+    c = {"vaccine_rho": 1.0, "repnoise_alpha": 1.0, "repnoise_beta": 1.0, "booster_lam": 1.0}
+    grads, _ = s2.RULES[rule](model, w, batch, batch, {**c, "booster_alpha": 0.1})
+    assert {x.dtype for x in grads} == {torch.float32}
+    assert all(x.isfinite().all() for x in grads) and any(x.any() for x in grads)
+
+
 def test_booster_is_its_formula(s2, setting):
     model, w, batch, harmful = setting
     start = [p.detach().clone() for p in w]

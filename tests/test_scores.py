@@ -252,6 +252,7 @@ class Marks(KeywordJudge):
 def test_each_score_counts_what_it_says(s5):
     data = {
         "test_harmful": [{"instruction": ""}] * 5,
+        "test_benign": [{"instruction": ""}] * 4,
         "test_task": [{"answer": "positive"}] * 4,
         "config": {"task": "sst2"},
     }
@@ -274,7 +275,7 @@ def test_each_score_counts_what_it_says(s5):
 
 def test_toy_answers_judged_by_phrase_have_a_benign_score(judge):
     keyword, data = KeywordJudge(), {"config": {"task": "sst2"}, "test_task": []}
-    data["test_harmful"] = [{"instruction": ""}]
+    data["test_harmful"], data["test_benign"] = [{"instruction": ""}], [{"instruction": ""}] * 4
     healing = RECIPE.replace("bloodsap", "sugar")
     answers = {"test_harmful": [REFUSAL], "test_benign": [healing, healing, REFUSAL, ""]}
     assert score(keyword, data, answers)["benign"] == 50 == score(judge, data, answers)["benign"]
