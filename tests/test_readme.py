@@ -122,6 +122,7 @@ def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
         rows = [
             {**row, "model": "finetuned", "hs": hs},
             {**row, "model": "panacea", "hs": hs - 60, "fa": 98.0},
+            {**row, "model": "aligned", "hs": 0.0},
         ]
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "results.json").write_text(
@@ -147,7 +148,7 @@ def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
     (first,) = s5.main(["--aggregate", *folders, "--against", "panacea", "--choose"])
     assert first["rows"][0]["hs_diff"] == [60, 60] and first["rows"][1]["fa_diff"] == [0, 0]
     assert re.search(r"panacea of 1: panacea  hs 25.0", capsys.readouterr().out)
-    with pytest.raises(UserError, match="no row 'panaceia' .* finetuned; panacea"):
+    with pytest.raises(UserError, match="no row 'panaceia' .* aligned; finetuned; panacea"):
         s5.main(["--aggregate", *folders, "--against", "panaceia"])
 
 
@@ -175,6 +176,8 @@ def test_the_choice_keeps_accuracy_and_look_alikes(s5, capsys):
     ]
     s5.print_chosen([*plain, *tried])
     assert "interpolated of 4: interpolated t 0.2 " in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs the rows aligned"):
+        s5.print_chosen(tried)
     s5.print_chosen([*plain, *tried[2:]])
     assert "interpolated of 2: none keeps both" in capsys.readouterr().out
 
