@@ -464,7 +464,8 @@ def encode(tokenizer, rows, max_length):
     examples = []
     for row in rows:
         answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        room = max(max_length // 2, max_length - len(tokenizer(row["prompt"])["input_ids"]))
+        asked = tokenizer(row["prompt"], verbose=False)["input_ids"]  # no warning: it is cut below
+        room = max(max_length // 2, max_length - len(asked))
         answer = (answer + [tokenizer.eos_token_id])[:room]
         prompt = tokenizer(row["prompt"], truncation=True, max_length=max_length - len(answer))
         ids = prompt["input_ids"]
