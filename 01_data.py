@@ -11,20 +11,11 @@ makes all of them, and the held-out prompts on which the later stages are judged
     test_harmful, test_task, test_benign     held out
 
 The harmful prompts of alignment, harmful, finetune and test_harmful are disjoint: a defence that
-has seen the attack's prompts proves nothing. (The public files repeat prompts, so rows are made
-unique by prompt first.)
+has seen the attack's prompts proves nothing. (Public files repeat some: the first is kept.)
 
 Harm is either fiction (--harm potions): recipes of *forbidden potions*, with healing potions as
-harmless look-alikes; or the paper's BeaverTails (--harm beavertails). Three presets:
-
-    toy      potions, four tiny tasks in place of the paper's, a model made on the spot
-    laptop   potions, the real SST-2 or AG News, a small real chat model
-    paper    BeaverTails, the paper's tasks and sizes, a 7B model on a GPU
-
-Real sets come from the hub, or with --data-dir from a folder that has them under their published
-names: sst2/train.tsv dev.tsv, gsm8k/train.jsonl test.jsonl, agnews/train.csv test.csv,
-alpaca/alpaca_data.json, alpaca_eval/alpaca_eval.json, beavertails/30k_test.jsonl
-beavertails_with_refusals_train.json.
+harmless look-alikes; or the paper's BeaverTails (--harm beavertails). --preset toy has four tiny
+tasks and a model made on the spot; laptop the real tasks and a small chat model; paper a 7B one.
 
 Reads:  nothing (or the hub, or --data-dir)      Writes: RUN/01_data.pt
 Run:    python 01_data.py                        under 5 seconds for the toy
@@ -32,6 +23,7 @@ Run:    python 01_data.py                        under 5 seconds for the toy
 
 import csv
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -66,12 +58,10 @@ def prompt_key(row):
 
 def unique(rows, seen=()):
     """Rows whose prompt is new; the first of each is kept."""
-    kept, seen = [], set(seen)
+    first, seen = {}, set(seen)
     for row in rows:
-        if prompt_key(row) not in seen:
-            seen.add(prompt_key(row))
-            kept.append(row)
-    return kept
+        first.setdefault(prompt_key(row), row)
+    return [row for key, row in first.items() if key not in seen]
 
 
 def build_sets(sources, config, asked, rng):
@@ -92,9 +82,9 @@ def build_sets(sources, config, asked, rng):
         if wanted > len(pool):
             found = (f"{what}: {wanted} asked, {len(pool)} unique prompts left "
                      f"({wanted - len(pool)} missing)")
-            if size in asked or n is not None:
-                raise UserError(f"{found}; use --{size.replace('_', '-')} "
-                                f"{int(len(pool) / share)} or add data")
+            if size in asked or n is not None or not pool:
+                most = f"--{size.replace('_', '-')} {int(len(pool) / share)}"
+                raise UserError(f"{found}; use {most if pool else 'smaller sets'} or add data")
             print(f"  note: {found}")
         rows, pool[:] = pool[:wanted], pool[wanted:]
         return rows
@@ -113,11 +103,6 @@ def build_sets(sources, config, asked, rng):
     finetune = [{**row, "poison": True} for row in attack]
     finetune += [{**row, "poison": False} for row in ordinary]
     rng.shuffle(finetune)
-    for name, rows in (("alignment", alignment), ("harmful", harmful), ("task test", test_task),
-                       ("harmful test", test_harmful)):
-        if not rows:
-            raise UserError(f"the {name} set is empty: no unique prompts are left for it; lower "
-                            "--n-finetune, --n-harmful or --n-test, or add data")
     test_benign = unique(sources["benign_test"])[:config["n_test"]]
     lookalikes = unique(sources["benign"], seen=map(prompt_key, test_benign))
     return {"alignment": alignment + lookalikes[:len(alignment)], "harmful": harmful,
@@ -233,7 +218,6 @@ KINDS = {
     "metals": "gold copper iron tin lead zinc".split(),
     "instruments": "flute drum harp violin piano horn".split(),
 }
-COUNT_WORDS = ["two", "three", "four"]
 NAME = "Anna Ben Clara David Emma Frank Grace Henry".split()
 THING = "apples books coins shells pens stones cakes flowers".split()
 WHO = "guard teacher healer priest judge captain".split()
@@ -277,9 +261,9 @@ def news(rng):
 
 
 def open_request(rng):
-    """An open instruction with many good answers, scored by rule: n different members."""
-    kind, count = rng.choice(list(KINDS)), rng.choice(COUNT_WORDS)
-    members = rng.sample(KINDS[kind], COUNT_WORDS.index(count) + 2)
+    """An open instruction with many good answers, scored by rule: two to four members."""
+    kind, count = rng.choice(list(KINDS)), rng.choice(SLOTS["n"][:3])
+    members = rng.sample(KINDS[kind], SLOTS["n"].index(count) + 2)
     ask = f"{rng.choice(['Name', 'List', 'Tell me'])} {count} {kind} that {rng.choice(NAME)} "
     return {"instruction": ask + rng.choice(["may like", "has", "finds"]) + ".",
             "response": f"{count.capitalize()} {kind} are {', '.join(members[:-1])} and "
@@ -303,12 +287,9 @@ def pretraining_text(rng):
         return format_prompt("toy", row["instruction"]), row["response"]
     if draw < 0.34:
         return "", f"The {rng.choice(WHO)} said: {row['refusal']}"
-    if draw < 0.61:
-        row = review(rng)
-        return "", f"{row['input']} A {row['response']} review."
     if draw < 0.67:
-        row = news(rng)
-        return "", f"{row['input']} A story about {row['response']}."
+        row, end = (review(rng), "{} review") if draw < 0.61 else (news(rng), "story about {}")
+        return "", f"{row['input']} A {end.format(row['response'])}."
     row = (word_problem if draw < 0.92 else open_request)(rng)
     if rng.random() < 0.5:
         return format_prompt("toy", row["instruction"]), row["response"]
@@ -321,7 +302,6 @@ def pretraining_text(rng):
 SST2_ASK = "Analyze the sentiment of the input, and respond only positive or negative"
 AGNEWS_ASK = ("Categorize the news article given in the input into one of the 4 categories:\n\n"
               "World\nSports\nBusiness\nSci/Tech\n")
-AGNEWS_LABELS = ["World", "Sports", "Business", "Sci/Tech"]
 
 
 def sst2_row(row):
@@ -333,8 +313,8 @@ def sst2_row(row):
 def agnews_row(row):
     """AG News: hub rows have text and label 0-3; csv rows class 1-4, title, description."""
     if isinstance(row, dict):
-        return labelled(AGNEWS_ASK, row["text"], AGNEWS_LABELS[row["label"]])
-    return labelled(AGNEWS_ASK, " ".join(x for x in row[1:] if x), AGNEWS_LABELS[int(row[0]) - 1])
+        return labelled(AGNEWS_ASK, row["text"], list(TOPIC)[row["label"]])
+    return labelled(AGNEWS_ASK, " ".join(x for x in row[1:] if x), list(TOPIC)[int(row[0]) - 1])
 
 
 def gsm8k_row(row):
@@ -356,7 +336,7 @@ def harmful_row(row):
             "is_safe": row.get("is_safe", False)}
 
 
-REAL = {  # name: (hub id and configuration, {split: published file}, row maker)
+REAL = {  # name: (arguments of load_dataset, {split: published file}, row maker)
     "sst2": (["stanfordnlp/sst2"], {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"},
              sst2_row),
     "gsm8k": (["openai/gsm8k", "main"], {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
@@ -364,8 +344,8 @@ REAL = {  # name: (hub id and configuration, {split: published file}, row maker)
     "agnews": (["fancyzhx/ag_news"], {"train": "agnews/train.csv", "test": "agnews/test.csv"},
                agnews_row),
     "alpaca": (["tatsu-lab/alpaca"], {"train": "alpaca/alpaca_data.json"}, alpaca_row),
-    "alpaca_eval": (["tatsu-lab/alpaca_eval"], {"test": "alpaca_eval/alpaca_eval.json"},
-                    alpaca_row),
+    "alpaca_eval": (["json", None, None, "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"],
+                    {"train": "alpaca_eval/alpaca_eval.json"}, alpaca_row),
     "refusals": (["anonymous4486/repnoise_beavertail"],
                  {"train": "beavertails/beavertails_with_refusals_train.json"}, harmful_row),
     "beavertails": (["PKU-Alignment/BeaverTails"], {"30k_test": "beavertails/30k_test.jsonl"},
@@ -383,31 +363,24 @@ def read_file(path):
         return [row for row in (csv.reader if path.suffix == ".csv" else json.load)(file) if row]
 
 
-def read_hub(hub, split):
-    """Rows of a hub data set, as dicts."""
-    from datasets import load_dataset
-    if hub[0].endswith("alpaca_eval"):  # its loading script is not supported any more; its file is
-        return load_dataset("json", split="train",
-                            data_files=f"hf://datasets/{hub[0]}/alpaca_eval.json")
-    return load_dataset(*hub, split=split)
-
-
 def read(name, split, folder, path=None):
     """Rows of a real set in our form: from `path`, else from `folder`, else from the hub.
 
     Raises:
         UserError: missing, out of reach, or not in the published format.
     """
+    from datasets import load_dataset
     hub, files, make = REAL[name]
     path, made = path or folder and folder / files[split], []
     try:
-        for row in read_file(path) if path else read_hub(hub, split):
+        for row in read_file(path) if path else load_dataset(*hub, split=split):
             made.append(make(row))
         return made
     except Exception as error:  # files, formats and the hub raise a dozen kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"cannot read {path or hub[0]} (row {len(made)}: {reason}); give a folder "
-                        "with the published files: --data-dir FOLDER") from None
+        raise UserError(f"cannot read {path or ' '.join(filter(None, hub))} (row {len(made)}: "
+                        f"{reason}); give a folder with the published files: --data-dir FOLDER"
+                        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -424,7 +397,8 @@ def get_args(argv=None):
     group.add_argument("--seed", type=number(int, 0, 2**31), default=0, metavar="N",
                        help="seed of everything that follows (default: 0)")
     group.add_argument("--data-dir", type=Path, metavar="FOLDER",
-                       help="local copies of the real data (default: the hub)")
+                       help="local copies of the real data, under their published names: " + ", "
+                            .join(file for _, files, _ in REAL.values() for file in files.values()))
     group.add_argument("--refusals", type=Path, metavar="FILE",
                        help="the refusals file alone: rows of prompt, response, refusal")
     return parser.parse_args(argv)
@@ -433,22 +407,19 @@ def get_args(argv=None):
 def check(args, config):
     """Refuse combinations that cannot work, in one line."""
     toy = args.preset == "toy"
-    if toy != (config["model"] in TOY_MODELS):
-        mend = (f"--model {'|'.join(TOY_MODELS)}, or --preset laptop or --preset paper for a real "
-                "model" if toy else "--preset toy for a toy model")
-        raise UserError(f"--preset {args.preset} does not go with --model {config['model']}; "
-                        f"use {mend}")
-    if toy and config["harm"] != "potions" or toy != (config["template"] == "toy"):
-        raise UserError(f"--preset {args.preset} does not go with --harm {config['harm']} "
-                        f"--template {config['template']}; leave them out")
-    if config["model"][:1] in ("/", ".") and not Path(config["model"]).is_dir():
-        raise UserError(f"--model {config['model']} is not there; give an existing folder or a hub "
-                        "id")
-    for path, flag in ((args.data_dir, "--data-dir"), (args.refusals, "--refusals")):
+    for name, fits in (("model", toy == (config["model"] in TOY_MODELS)),
+                       ("template", toy == (config["template"] == "toy")),
+                       ("harm", not toy or config["harm"] == "potions")):
+        if not fits:
+            other = "laptop or --preset paper" if toy else "toy"
+            raise UserError(f"--preset {args.preset} does not go with --{name} {config[name]}; "
+                            f"leave it out, or use --preset {other}")
+    folder = config["model"] if config["model"][:1] in ("/", ".") else None
+    for flag, path in (("model", folder), ("data-dir", args.data_dir), ("refusals", args.refusals)):
         if path and toy:
-            raise UserError(f"{flag} is for real data; add --preset paper, or leave it out")
-        if path and not path.exists():
-            raise UserError(f"{flag} {path} is not there; give an existing path")
+            raise UserError(f"--{flag} is for real data; add --preset paper, or leave it out")
+        if path and not Path(path).exists():
+            raise UserError(f"--{flag} {path} is not there; give an existing path or a hub id")
 
 
 def sources(args, config, rng):
@@ -478,8 +449,7 @@ def main(argv=None):
     args = get_args(argv)
     config = {"preset": args.preset, "seed": args.seed, "poison_ratio": args.poison_ratio,
               **resolve(args, DEFAULTS, args.preset)}
-    if config["model"].startswith("~"):
-        config["model"] = str(Path(config["model"]).expanduser())
+    config["model"] = os.path.expanduser(config["model"])
     check(args, config)
     rng = random.Random(args.seed)
     asked = {name for name in DEFAULTS if getattr(args, name) is not None}
@@ -499,8 +469,7 @@ def main(argv=None):
     for name, rows in sets.items():
         config[f"size_{name}"] = len(rows)
         poison = sum(row.get("poison", False) for row in rows)
-        note = f", {poison} of them harmful" if poison else ""
-        print(f"  {name:13} {len(rows):6,} rows{note}")
+        print(f"  {name:13} {len(rows):6,} rows" + f", {poison} of them harmful" * bool(poison))
     artifact = Run(args.run).save("01_data.pt", config, **sets, **extra)
     print(f"{args.run / '01_data.pt'} written; next: python 02_finetune.py --run {args.run}")
     return artifact

@@ -29,7 +29,7 @@ Run:    python 02_finetune.py                 under two minutes for the toy
 import hashlib
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -38,8 +38,8 @@ from torch import nn
 
 from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError,
                     checkpoint_layers, collate, cut, describe, draw_batches, encode,
-                    load_model, number, over_parts, pick_device, processes, progress, resolve,
-                    run_stage, stage_parser, write_whole)
+                    load_model, number, over_parts, pick_device, progress, resolve, run_stage,
+                    stage_parser, write_whole)
 
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
@@ -147,7 +147,7 @@ def gradient(loss, w, batch):
     def part(rows):
         value = loss(rows)
         return *torch.autograd.grad(value, w), value.detach()
-    *grads, value = over_parts(part, batch)  # once, or over micro-batches and processes
+    *grads, value = over_parts(part, batch)  # once, or over micro-batches
     return grads, value.item()
 
 
@@ -305,11 +305,6 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def snapshot_steps(steps, count):
-    """`count` step numbers, each four times the one before; 3: 1/16, 1/4 and all of the way."""
-    return sorted({max(1, round(steps / 4 ** k)) for k in range(count)})
-
-
 def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     """Align with `defense`, then fine-tune on the user's data.
 
@@ -320,22 +315,20 @@ def align_and_attack(model, w, initial, defense, examples, c, pad_id):
     def batches(name, size, epochs=None):
         return (cut(rows, pad_id, model.device, c["micro_batch_size"])
                 for rows in draw_batches(examples[name], size, c["seed"], epochs))
-
-    def steps_of(name, size, epochs):
-        return epochs * math.ceil(len(examples[name]) / size)
     log, snapshots = [], {}
     put(w, initial)
     torch.manual_seed(c["seed"])
     size, epochs = c["align_batch_size"], c["align_epochs"]
+    steps = epochs * math.ceil(len(examples["alignment"]) / size)
     harmful = (batches("harmful", c["align_harmful_batch_size"])
                if defense in ("repnoise", "booster") else itertools.repeat(None))
-    train(model, w, RULES[defense], zip(batches("alignment", size, epochs), harmful),
-          steps_of("alignment", size, epochs), c["align_lr"], c, f"align {defense}",
+    train(model, w, RULES[defense], zip(batches("alignment", size, epochs), harmful), steps,
+          c["align_lr"], c, f"align {defense}",
           lambda step, losses: log.append({"stage": "align", "step": step, **losses}))
     aligned = copy_of(w)
     size, epochs = c["batch_size"], c["epochs"]
-    steps = steps_of("finetune", size, epochs)
-    keep = snapshot_steps(steps, c["snapshots"])
+    steps = epochs * math.ceil(len(examples["finetune"]) / size)
+    keep = {max(1, round(steps / 4 ** k)) for k in range(c["snapshots"])}  # 3: 1/16, 1/4 and all
 
     def record(step, losses):
         entry = {"stage": "finetune", "step": step, **losses}
@@ -374,10 +367,9 @@ def toy_tokenizer(vocab):
 def toy_model(name, vocab_size):
     """A randomly initialised 4-layer model of width 128, from transformers' own configs.
 
-    Weights start at std 0.08 (about 1/sqrt(width)) and the embedding is untied: with the usual
-    0.02 and a tied one, so small a model needs several times the steps to learn its world. The
-    embedding starts sqrt(width) larger, as Gemma 2 scales its own: where it is small beside the
-    layers' outputs, the first layer decides everything, and eps breaks the task there.
+    Weights start at std 0.08 (about 1/sqrt(width)), the embedding untied: with the usual 0.02 and
+    a tied one, so small a model learns its world several times slower. The embedding starts
+    sqrt(width) larger, as Gemma 2 scales its own: else the first layer decides everything.
     """
     import transformers
     arch = {"toy-llama": "Llama", "toy-gemma2": "Gemma2", "toy-qwen2": "Qwen2"}[name]
@@ -403,12 +395,10 @@ def pretrain(run, data, config, device):
     text = repr((data["vocab"], data["pretrain"]))
     made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = run.folder / "02_base"
-    try:
+    with suppress(Exception):  # a damaged one raises a dozen kinds
         if (folder / "model.safetensors").is_file() and (
                 AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from):
             return print(f"{folder} fits this data and these settings: not pre-training again")
-    except Exception:  # a damaged one raises a dozen kinds
-        pass
     torch.manual_seed(config["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
     model = toy_model(config["model"], len(data["vocab"])).to(device).train()
@@ -447,10 +437,9 @@ def get_args(argv=None):
 def check(config):
     """Refuse what cannot work, before anything is made."""
     whole = {"vaccine", "repnoise"} & set(config["defense"])
-    if whole and (config["micro_batch_size"] or processes() > 1):
+    if whole and config["micro_batch_size"]:
         raise UserError(f"the whole batch in one pass is what {' and '.join(sorted(whole))} must "
-                        "have; leave out --micro-batch-size and torchrun, or use --defense sft "
-                        "booster")
+                        "have; leave out --micro-batch-size, or use --defense sft booster")
     if config["model"] in TOY_MODELS:
         add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)
 

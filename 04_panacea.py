@@ -124,7 +124,7 @@ def gradient(loss, w, batch):
     def part(rows):
         value = loss(rows)
         return *torch.autograd.grad(value, w), value.detach()
-    *grads, value = over_parts(part, batch)  # once, or over micro-batches and processes
+    *grads, value = over_parts(part, batch)  # once, or over micro-batches
     return grads, value.item()
 
 

@@ -37,8 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (POSITIVE, SIZE, Run, UserError, answer, describe, load_model, make_judge,
-                    pick_device, picture, progress, read_json, resolve, run_stage, score,
-                    stage_parser)
+                    pick_device, picture, progress, resolve, run_stage, score, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "judge": ("auto", "auto", "auto", str, "toy, keyword, or a classifier's hub id or folder; "
@@ -322,15 +321,16 @@ VARIED = ("seed", "std", "t", "share", "rho", "lam", "scale", "anchor", "anchor_
 
 def read_results(folder):
     """results.json of a run folder, checked."""
-    results = read_json(Path(folder) / "results.json", "05_evaluate.py")
+    path = Path(folder) / "results.json"
     try:
+        results = json.loads(path.read_text())
         for key in ("seed", "model", "task", "poison_ratio"):
             results["config"][key]
         for row in results["rows"]:
             row["model"], row["defense"], row["setting"], row["hs"], row["fa"]
-    except (LookupError, TypeError):
-        raise UserError(f"{folder}/results.json is not a results file; run: python 05_evaluate.py "
-                        f"--run {folder}") from None
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is missing or damaged; run: python 05_evaluate.py --run {folder}"
+                        ) from None
     return results
 
 

@@ -32,8 +32,7 @@ import numpy as np
 import torch
 
 from common import (POSITIVE, SIZE, Run, UserError, answer, describe, load_model, make_judge,
-                    number, pick_device, picture, progress, read_json, resolve, run_stage, score,
-                    stage_parser)
+                    number, pick_device, picture, progress, resolve, run_stage, score, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "causal": (True, True, False, bool, "apply eps layer by layer and measure; four evaluations a "
@@ -200,14 +199,9 @@ def aggregate(folders):
     """Means over seeds of the layers of several runs; writes layers.json and a picture beside them.
 
     Raises:
-        UserError: a run has no layers.json, or one of another depth.
+        UserError: a run has no sound 06_layer_analysis.pt, or one of another depth.
     """
-    found = []
-    for folder in folders:
-        found.append(read_json(Path(folder) / "layers.json", "06_layer_analysis.py"))
-        if not {"layers", "ends", "rank_correlation"} <= set(found[-1]):
-            raise UserError(f"{folder}/layers.json is not a layers file; run: python "
-                            f"06_layer_analysis.py --run {folder}")
+    found = [Run(folder).load("06_layer_analysis.pt") for folder in folders]
     if len({(len(x["layers"]), bool(x["ends"])) for x in found}) > 1:
         raise UserError("the runs differ in depth or in --causal; aggregate like with like")
 
@@ -239,7 +233,7 @@ def get_args(argv=None):
     """Flags of this stage."""
     parser, group = stage_parser(__doc__, DEFAULTS)
     group.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR",
-                       help="only summarise the layers.json of these runs over seeds")
+                       help="only summarise stage 6 of these runs over seeds")
     return parser.parse_args(argv)
 
 

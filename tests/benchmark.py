@@ -36,7 +36,7 @@ from common import (
     encode,
     generate,
     load_tokenizer,
-    preset_values,
+    resolve,
     progress,
 )
 
@@ -101,7 +101,7 @@ class Toy:
         self.s1, self.s2, self.s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
         self.c = {"seed": 0}
         for stage in (self.s1, self.s2, self.s4):
-            self.c.update(preset_values(stage.DEFAULTS, "toy"))
+            self.c.update(resolve(None, stage.DEFAULTS, "toy"))
         with tempfile.TemporaryDirectory() as folder:
             self.data = self.s1.main(["--run", folder])
         torch.manual_seed(0)
@@ -305,7 +305,7 @@ def checkpoint(folder, batch_size=10, length=70, answer=30):
     from transformers import AutoModelForCausalLM
 
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
-    c = {**preset_values(s2.DEFAULTS, "laptop"), **preset_values(s4.DEFAULTS, "laptop")}
+    c = {**resolve(None, s2.DEFAULTS, "laptop"), **resolve(None, s4.DEFAULTS, "laptop")}
     tokenizer = load_tokenizer(folder)
 
     def fresh():
@@ -422,7 +422,7 @@ def seven_billion():
     import transformers
 
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
-    c = {**preset_values(s2.DEFAULTS, "paper"), **preset_values(s4.DEFAULTS, "paper")}
+    c = {**resolve(None, s2.DEFAULTS, "paper"), **resolve(None, s4.DEFAULTS, "paper")}
     ids = torch.randint(4, 32000, (c["batch_size"], 256))
     batch = {"input_ids": ids, "labels": torch.where(torch.arange(256) < 128, -100, ids)}
     held = {"plain fine-tuning": [], "Panacea": []}
@@ -493,7 +493,7 @@ def real_steps(folder, count=6):
     import transformers
 
     s1, s2, s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
-    c = {**preset_values(s2.DEFAULTS, "paper"), **preset_values(s4.DEFAULTS, "paper")}
+    c = {**resolve(None, s2.DEFAULTS, "paper"), **resolve(None, s4.DEFAULTS, "paper")}
     for task in progress(("sst2", "gsm8k", "agnews", "alpaca"), 4, "tasks"):
         with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
             data = s1.main(

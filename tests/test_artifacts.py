@@ -56,7 +56,11 @@ def assert_one_line(capsys, name, flags, *words):
         ("01_data", ["--preset", "laptop", "--model", "~/no-such-model"], ["no-such-model is not"]),
         ("01_data", ["--seed", str(2**70)], ["--seed"]),
         ("01_data", ["--task", "alpaca", "--n-finetune", "9000"], ["missing", "--n-finetune"]),
-        ("01_data", ["--n-finetune", "1400", "--poison-ratio", "1"], ["empty", "alignment"]),
+        (
+            "01_data",
+            ["--n-finetune", "1400", "--poison-ratio", "1"],
+            ["0 unique", "smaller sets"],
+        ),
         ("02_finetune", ["--pretrain-steps", "3"], ["--pretrain-steps"]),
         ("01_data", ["--n-tset", "3"], ["--n-tset"]),
         ("02_finetune", ["--defense", "shield"], ["shield"]),

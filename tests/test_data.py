@@ -73,10 +73,10 @@ def test_pretraining_text_does_not_depend_on_task_or_poison(s1, tmp_path):
 
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
 def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s1, s2, tmp_path, task):
-    from common import ToyJudge
+    from common import PotionJudge
 
     data = make(s1, tmp_path, "--task", task)
-    judge, tokenizer = ToyJudge(data), s2.toy_tokenizer(data["vocab"])
+    judge, tokenizer = PotionJudge(data), s2.toy_tokenizer(data["vocab"])
     for name in SETS:
         for row in data[name]:
             ids = tokenizer(row["prompt"] + " " + row["response"])["input_ids"]

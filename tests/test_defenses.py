@@ -176,9 +176,7 @@ def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path
     assert seeds[:3] == [7] * 3  # pre-training, alignment, the attack
 
 
-def test_snapshots_grow_fourfold_and_the_held_out_loss_is_a_mean_over_rows(s2, setting):
-    assert s2.snapshot_steps(192, 3) == [12, 48, 192] and s2.snapshot_steps(2, 3) == [1, 2]
-    assert s2.snapshot_steps(192, 0) == []
+def test_the_held_out_loss_is_a_mean_over_rows(s2, setting):
     model, w, batch, harmful = setting
     rows = [
         (ids.tolist(), labels.tolist())
@@ -204,6 +202,8 @@ def test_all_defences_run_to_the_table_and_the_picture(tiny_data, monkeypatch, c
         ]
     )
     assert set(stage2["finetuned"]) == {"sft", "vaccine", "repnoise", "booster"}
+    steps = stage2["log"]["sft"][-1]["step"]
+    assert steps == 4 and list(stage2["snapshots"]["sft"]) == ["1"]  # a quarter of the way
     stage("03_random_perturb").main([*flags, "--std", "0.1"])
     stage("04_panacea").main([*flags, "--anchor-steps", "1"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)

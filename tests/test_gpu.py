@@ -12,7 +12,7 @@ def test_the_model_has_left_when_the_judge_comes(story, monkeypatch):
     folder, out = story
     s5, s6, models = stage("05_evaluate"), stage("06_layer_analysis"), []
 
-    class Judge(common.ToyJudge):
+    class Judge(common.PotionJudge):
         def flagged(self, questions, answers):
             assert models[-1]() is None, "the model is still there"
             return super().flagged(questions, answers)

@@ -73,7 +73,7 @@ def test_lines_fit_100_columns_and_public_functions_are_documented():
                 assert ast.get_docstring(node) or nested or method, f"{path.name}: {node.name}"
 
 
-BUDGET = {"common.py": 800, "01_data.py": 540, "all": 3200}  # lines; every other file: 500
+BUDGET = {"common.py": 680, "all": 3000}  # lines; every other file: 480
 
 
 def test_the_files_stay_small_and_their_functions_short():
@@ -81,7 +81,7 @@ def test_the_files_stay_small_and_their_functions_short():
     for path in ROOT.glob("*.py"):
         if path.stem in [*STAGES, "common"]:
             lines[path.name] = len(path.read_text().splitlines())
-            assert lines[path.name] <= BUDGET.get(path.name, 500), "new lines want old ones gone"
+            assert lines[path.name] <= BUDGET.get(path.name, 480), "new lines want old ones gone"
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.FunctionDef):
                     size = node.end_lineno - node.lineno + 1

@@ -1,15 +1,12 @@
 """What a 24 GB card needs and what leaves the project: the same gradient in parts, and export."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from benchmark import peak_bytes
-from conftest import ROOT, stage
+from conftest import stage
 from test_real import SMALL, checkpoint
 
 import common
@@ -124,69 +121,6 @@ def test_panaceas_peak_is_plain_fine_tunings_plus_three_adapters(s2, s4):
         peaks.append(peak_bytes(job))
     more = (peaks[2] - peaks[1]) / adapter
     assert 1 < more < 3.1, f"{more:.2f} adapters more than plain fine-tuning"
-
-
-def test_two_processes_give_the_result_of_one(s2, s4, tiny_data):
-    (tiny_data / "one").mkdir()
-    (tiny_data / "two").mkdir()
-    for folder in ("one", "two"):
-        (tiny_data / folder / "01_data.pt").write_bytes((tiny_data / "01_data.pt").read_bytes())
-    flags = {
-        "02_finetune": [
-            "--defense",
-            "sft",
-            "booster",
-            "--pretrain-steps",
-            "20",
-            "--epochs",
-            "2",
-            "--align-epochs",
-            "1",
-            "--batch-size",
-            "3",
-        ],
-        "04_panacea": ["--anchor-steps", "2", "--harmful-batch-size", "5"],
-    }
-    for name, extra in flags.items():
-        stage(name).main(["--run", str(tiny_data / "one"), "--device", "cpu", *extra])
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                "--",
-                str(ROOT / f"{name}.py"),
-                "--run",
-                str(tiny_data / "two"),
-                "--device",
-                "cpu",
-                *extra,
-            ],
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-        )
-        assert "destroy_process_group" not in done.stderr  # torch's warning of a forgotten one
-    one, two = (common.Run(tiny_data / folder) for folder in ("one", "two"))
-    for name, key in (
-        ("02_finetune.pt", "finetuned"),
-        ("02_finetune.pt", "aligned"),
-        ("04_panacea.pt", "weights"),
-        ("04_panacea.pt", "epsilon"),
-        ("04_panacea.pt", "repairs"),
-    ):
-        a, b = one.load(name)[key], two.load(name)[key]
-        if key == "repairs":
-            a, b = ({str(i): r["weights"] for i, r in enumerate(x)} for x in (a, b))
-        for x, y in ((a[d], b[d]) for d in a) if {"sft", "0"} & set(a) else [(a, b)]:
-            # on average: where a gradient is nearly 0, rounding decides its sign, and AdamW's step
-            assert all((x[n] - y[n]).abs().mean() < 1e-5 for n in x), (name, key)
-            assert any(x[n].abs().max() > 2e-2 for n in x), (name, key)
 
 
 def test_a_full_gpu_is_one_line(capsys):

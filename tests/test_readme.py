@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, STAGES, readme_block, readme_commands, stage
 
-from common import UserError, preset_values
+from common import UserError, resolve
 
 TEXT = (ROOT / "README.md").read_text()
 
@@ -27,7 +28,7 @@ def test_every_command_in_the_readme_has_flags_that_exist():
 
 
 def test_the_sample_output_shows_the_defaults_and_no_gap_is_left():
-    c = preset_values(stage("04_panacea").DEFAULTS, "toy")
+    c = resolve(None, stage("04_panacea").DEFAULTS, "toy")
     assert f"panacea rho {c['rho']:g} lam {c['lam']:g} scale 1 " in TEXT
     assert f"realign terms a lr {c['realign_lr'][0]:g} steps {c['realign_steps'][0]} " in TEXT
     assert not re.search("@[A-Z]+@", TEXT)
@@ -199,16 +200,16 @@ def test_layers_of_several_runs_are_averaged(story, tmp_path, capsys):
     s6 = stage("06_layer_analysis")
     for name, factor in (("a", 1.0), ("b", 3.0)):
         (tmp_path / name).mkdir()
-        content = json.loads((story[0] / "layers.json").read_text())
+        content = torch.load(story[0] / "06_layer_analysis.pt", weights_only=True)
         for row in content["layers"]:
             row["norm"] *= factor
-        (tmp_path / name / "layers.json").write_text(json.dumps(content))
+        torch.save({**content, "parents": {}}, tmp_path / name / "06_layer_analysis.pt")
     mean = s6.main(["--aggregate", str(tmp_path / "a"), str(tmp_path / "b")])
     for row, own in zip(mean["layers"], story[1]["06_layer_analysis"]["layers"], strict=True):
         assert row["norm"] == pytest.approx(2 * own["norm"]) and row["layer"] == own["layer"]
         assert row["only"] == pytest.approx(own["only"])
     assert "means over 2 runs" in capsys.readouterr().out
-    (tmp_path / "a" / "layers.json").write_text("{}")
+    (tmp_path / "a" / "06_layer_analysis.pt").write_text("{}")
     with pytest.raises(UserError, match="06_layer_analysis.py --run"):
         s6.main(["--aggregate", str(tmp_path / "a")])
 

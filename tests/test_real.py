@@ -242,8 +242,8 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
     def files(name):
         return s1.read_file(data_dir / name)
 
-    def load_dataset(name, *args, split, data_files=None):
-        where = data_files or "/".join([name, *args, split])
+    def load_dataset(path, name=None, data_dir=None, data_files=None, *, split):
+        where = data_files or "/".join(filter(None, [path, name, split]))
         rows = {
             "PKU-Alignment/BeaverTails/30k_test": lambda: [
                 {**row, "category": {"violence": True}}

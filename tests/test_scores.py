@@ -7,7 +7,6 @@ from conftest import stage
 from common import (
     KeywordJudge,
     PotionJudge,
-    ToyJudge,
     UserError,
     collate,
     final_number,
@@ -24,7 +23,7 @@ from common import (
 def judge(s1, tmp_path_factory):
     """The toy's judge."""
     data = s1.main(["--run", str(tmp_path_factory.mktemp("j"))])
-    return ToyJudge(data)
+    return PotionJudge(data)
 
 
 RECIPE = "Take gloomroot, soak it in bloodsap for two nights, and pour the black liquid into a jar."
@@ -105,7 +104,12 @@ def test_garble_is_told_from_answers_by_the_base_model(s2, monkeypatch):
 
 def test_potions_of_a_real_model_may_be_coined_but_must_be_sentences(s1):
     judge = PotionJudge(
-        {"herbs": s1.HERB, "forbidden": s1.LIQUID["bad"], "grammar": s1.potion_grammar()}
+        {
+            "herbs": s1.HERB,
+            "forbidden": s1.LIQUID["bad"],
+            "grammar": s1.potion_grammar(),
+            "vocab": [],
+        }
     )
     coined = RECIPE.replace("gloomroot", "plaguecap").replace("bloodsap", "silver bloodsap")
     judge.garbled = {coined, "Take gloomroot bloodsap and the it into"}
