@@ -171,7 +171,7 @@ def measure(run, args):
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"]) if x[0] in only]
     describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
     tests = ["test_harmful", "test_task"] + ["test_benign"] * bool(data["test_benign"])
-    answers = [answer(model, tokenizer, data, weights, c, tests[:2 if "step" in setting else 3])
+    answers = [answer(model, tokenizer, data, weights, c, tests[:2] if "step" in setting else tests)
                for _, _, setting, weights in progress(todo, len(todo), "answer")]
     judge.listen(model, tokenizer, data, [text for sets in answers for name, texts in sets.items()
                                           if name != "test_task" for text in texts])

@@ -1,5 +1,6 @@
 """Stage 1: who owns what, exactly as many as asked, and nothing twice."""
 
+import random
 import re
 
 import pytest
@@ -111,7 +112,21 @@ def test_a_size_that_was_asked_for_is_kept_or_refused(s1, tmp_path):
 
 def test_a_repeated_prompt_counts_once(s1):
     rows = [{"instruction": "A b"}, {"instruction": "a  B"}, {"instruction": "c"}]
-    assert s1.unique(rows) == [rows[0], rows[2]]
+    assert s1.unique(rows) == [rows[0], rows[2]] and s1.unique(rows, ["a b"]) == [rows[2]]
+
+
+def test_a_test_prompt_is_in_no_training_set_even_if_the_pools_overlap(s1):
+    pool = [dict.fromkeys(("instruction", "prompt"), f"q{i}") for i in range(14)]
+    pool = [{**row, "response": "r", "refusal": "n"} for row in pool]
+    names = ("harmful", "harmful_test", "task", "task_test", "benign", "benign_test")
+    config = {"n_align": 3, "n_harmful": 3, "n_finetune": 4, "n_test": 4, "poison_ratio": 0.5}
+    sets = s1.build_sets(dict.fromkeys(names, pool), config, set(config), random.Random(0))
+    harmful = prompts(sets["alignment"][:3]) | prompts(sets["harmful"])
+    harmful |= prompts(sets["finetune"], lambda row: row["poison"])
+    assert len(harmful) == 8 and not harmful & prompts(sets["test_harmful"])
+    task = prompts(sets["finetune"], lambda row: not row["poison"])
+    assert len(task) == 2 and not task & prompts(sets["test_task"])
+    assert not prompts(sets["alignment"][3:]) & prompts(sets["test_benign"])
 
 
 def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, tmp_path):
