@@ -46,13 +46,10 @@ DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
     "lam": (0.015, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
     "harmful_batch_size": (32, 10, 10, SIZE, "samples in the batch of h"),
     "anchor": (3.0, 3.0, 3.0, POSITIVE, "anchored eps: weight of a; 0 leaves the anchored eps out"),
-    "anchor_rho": ([0.2], [0.2], [0.2], POSITIVE, "its radius, in units of ||w - w_aligned||"),
-    "anchor_steps": ([10], [10], [10], SIZE, "its projected steps"),
-    "terms": (["a", "hag"], ["a", "hag"], ["a"], ("a", "ha", "hag"), "which terms "
-              "of h - anchor a - g it climbs"),
-    "realign_steps": ([20], [10], [20], COUNT, "AdamW steps of realign; 0 leaves it out"),
-    "realign_lr": ([3e-4], [1e-3], [5e-4], POSITIVE, "their learning rate"),
-    "realign_terms": (["a", "ag"], ["a", "ag"], ["a"], ("a", "ag"), "a, or ag for a + g"),
+    "anchored": (["a:.2:10", "hag:.2:5"], ["a:.2:10", "hag:.2:10"], ["hag:.2:10"], str,
+                 "TERMS:RADIUS:STEPS (a, ha or hag of h - anchor a - g; unit ||w - w_aligned||)"),
+    "realign": (["a:3e-4:20", "ag:6e-4:10"], ["a:1e-3:10", "ag:1e-3:10"], ["ag:5e-4:20"], str,
+                "TERMS:LR:STEPS of AdamW (a, or ag for a + g); or none"),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -289,6 +286,23 @@ def distance(w, other):
     return global_norm([w[name] - other[name] for name in w]).item()
 
 
+def settings(name, c):
+    """[(terms, radius or learning rate, steps)] of --anchored or --realign.
+
+    Raises:
+        UserError: one of its texts cannot be read.
+    """
+    allowed, found = {"anchored": ("a", "ha", "hag"), "realign": ("a", "ag")}[name], []
+    for text in (x for x in c[name] or [] if x != "none"):
+        try:
+            terms, value, steps = text.split(":")
+            found.append((allowed[allowed.index(terms)], POSITIVE(value), SIZE(steps)))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise UserError(f"--{name} {text}: give TERMS:NUMBER:STEPS, with TERMS one of "
+                            f"{', '.join(allowed)}, or none") from None
+    return found
+
+
 def other_repairs(loss, w, aligned, attacked, batches, c):
     """one_shot's eps, and [{"model", "setting", "weights"}] of anchored eps and realign.
 
@@ -307,16 +321,14 @@ def other_repairs(loss, w, aligned, attacked, batches, c):
             "g": ("finetune", max(1, size // 2), -1.0)}
     unit = distance(attacked, aligned)
     print(f"  ||w - w_aligned|| is {unit:.3g}: rho {c['rho']:g} is {c['rho'] / unit:.2f} of it")
-    grid = itertools.product(c["terms"], c["anchor_rho"], c["anchor_steps"]) if c["anchor"] else ()
-    for terms, radius, steps in grid:
+    for terms, radius, steps in settings("anchored", c) if c["anchor"] else ():
         put(w, attacked)
         draws = zip(*(batches(*sets[letter][:2]) for letter in terms))
         eps = anchored_perturbation(loss, params, draws, [sets[letter][2] for letter in terms],
                                     radius * unit, steps)
         add("panacea_anchored", {"terms": terms, "unit": radius, "anchor": c["anchor"],
                                  "steps": steps}, plus(attacked, copy_of(dict(zip(w, eps)))))
-    for terms, lr, steps in itertools.product(c["realign_terms"], c["realign_lr"],
-                                              filter(None, c["realign_steps"])):
+    for terms, lr, steps in settings("realign", c):
         put(w, attacked)
         draws = zip(*(batches(sets[letter][0], size) for letter in terms))
         realign(loss, params, draws, steps, lr, c["weight_decay"])
@@ -429,6 +441,8 @@ def made_before(run, given):
 def main(argv=None):
     """Run Algorithm 1 and the other repairs; writes RUN/04_panacea.pt and returns it."""
     args = get_args(argv)
+    for name in ("anchored", "realign"):
+        settings(name, vars(args))  # a mistake shows before the hours of training
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
     if "sft" not in stage2["aligned"]:

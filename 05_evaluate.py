@@ -315,8 +315,8 @@ def print_texts(data, rows, answers, count=3):
 # ---------------------------------------------------------------------------------------------
 # Several runs
 
-VARIED = ("seed", "std", "t", "share", "rho", "lam", "scale", "anchor", "anchor_rho",
-          "anchor_steps", "terms", "realign_steps", "realign_lr", "realign_terms")
+VARIED = ("seed", "std", "t", "share", "rho", "lam", "scale", "anchor", "anchored",
+          "realign")
 
 
 def read_results(folder):

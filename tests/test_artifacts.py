@@ -70,7 +70,7 @@ def assert_one_line(capsys, name, flags, *words):
         ("04_panacea", ["--rho", "nan"], ["--rho"]),
         ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
         ("04_panacea", ["--epochs", "0"], ["--epochs"]),
-        ("04_panacea", ["--terms", "gh"], ["--terms", "gh"]),
+        ("04_panacea", ["--anchored", "gh:1:2"], ["--anchored", "gh:1:2"]),
         ("03_random_perturb", ["--t", "1.2"], ["--t", "1.2"]),
         (
             "05_evaluate",

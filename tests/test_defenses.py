@@ -171,7 +171,7 @@ def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path
             "1",
         ]
     )
-    s4.main([*flags, "--anchor-steps", "1"])
+    s4.main([*flags, "--anchored", "a:0.2:1", "hag:0.2:1"])
     assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
     assert seeds[:3] == [7] * 3  # pre-training, alignment, the attack
 
@@ -205,7 +205,7 @@ def test_all_defences_run_to_the_table_and_the_picture(tiny_data, monkeypatch, c
     steps = stage2["log"]["sft"][-1]["step"]
     assert steps == 4 and list(stage2["snapshots"]["sft"]) == ["1"]  # a quarter of the way
     stage("03_random_perturb").main([*flags, "--std", "0.1"])
-    stage("04_panacea").main([*flags, "--anchor-steps", "1"])
+    stage("04_panacea").main([*flags, "--anchored", "a:0.2:1", "hag:0.2:1"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rows = stage("05_evaluate").main([*flags, "--scale", "1", "--max-new-tokens", "3"])["rows"]
     assert len({(r["model"], r["defense"], str(r["setting"])) for r in rows}) == len(rows) == 27

@@ -224,14 +224,10 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
         "batch_size": 2,
         "harmful_batch_size": 2,
         "anchor": 2.0,
-        "terms": ["a", "hag"],
-        "anchor_rho": [0.5],
-        "anchor_steps": [3],
+        "anchored": ["a:0.5:3", "hag:.5:3"],
         "rho": 0.5,
         "weight_decay": 0.1,
-        "realign_terms": ["a", "ag"],
-        "realign_lr": [1e-2],
-        "realign_steps": [3, 0],
+        "realign": ["a:1e-2:3", "none", "ag:0.01:3"],
     }
     calls = []
 
@@ -255,7 +251,7 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
     grad_h = torch.autograd.grad(loss(sets["harmful"]), list(w.values()))
     for x, eps in zip(one_shot.values(), s4.perturbation(grad_h, 0.5)):
         assert torch.allclose(x, eps, atol=1e-7)
-    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "ag"]  # 0 steps: left out
+    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "ag"]
     for repair, names in zip(repairs[2:], (["alignment"], ["alignment", "finetune"])):
         s4.put(w, attacked)
         optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)

@@ -30,7 +30,8 @@ def test_every_command_in_the_readme_has_flags_that_exist():
 def test_the_sample_output_shows_the_defaults_and_no_gap_is_left():
     c = resolve(None, stage("04_panacea").DEFAULTS, "toy")
     assert f"panacea rho {c['rho']:g} lam {c['lam']:g} scale 1 " in TEXT
-    assert f"realign terms a lr {c['realign_lr'][0]:g} steps {c['realign_steps'][0]} " in TEXT
+    for terms, lr, steps in (x.split(":") for x in c["realign"]):
+        assert f"realign terms {terms} lr {float(lr):g} steps {steps} " in TEXT
     assert not re.search("@[A-Z]+@", TEXT)
 
 

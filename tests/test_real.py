@@ -54,7 +54,7 @@ SMALL = {
     ],
     "02_finetune": ["--epochs", "1", "--align-epochs", "1", "--lr", "1e-3"],
     "03_random_perturb": ["--std", "0.01"],
-    "04_panacea": ["--anchor-steps", "2"],
+    "04_panacea": ["--anchored", "a:0.2:2", "hag:0.2:2"],
     "05_evaluate": ["--max-new-tokens", "4"],
     "06_layer_analysis": ["--causal"],
 }
