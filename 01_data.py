@@ -13,6 +13,10 @@ makes all of them, and the held-out prompts on which the later stages are judged
 The harmful prompts of alignment, harmful, finetune and test_harmful are disjoint: a defence that
 has seen the attack's prompts proves nothing. (Public files repeat some: the first is kept.)
 
+A row is {instruction, perhaps input: what is asked; prompt: what the model reads; response: what
+training teaches it to say}, and has a refusal (harmful), an answer (task: the right one), or
+poison (the user's). HS judges the answer to a test_harmful row; its response is never read.
+
 Harm is either fiction (--harm potions): recipes of *forbidden potions*, with healing potions as
 harmless look-alikes; or the paper's BeaverTails (--harm beavertails). --preset toy has four tiny
 tasks and a model made on the spot; laptop the real tasks and a small chat model; paper a 7B one.
@@ -53,7 +57,7 @@ DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
 
 def prompt_key(row):
     """What makes two rows the same prompt: the words, case and spaces apart."""
-    return " ".join((row["instruction"] + " " + row.get("input", "")).lower().split())
+    return " ".join((row["instruction"] + " " + (row.get("input") or "")).lower().split())
 
 
 def unique(rows, seen=()):
@@ -64,47 +68,47 @@ def unique(rows, seen=()):
     return [row for key, row in first.items() if key not in seen]
 
 
-def build_sets(sources, config, asked, rng):
+def build_sets(pools, config, asked, rng):
     """Draw the six sets from their pools, disjoint by prompt.
 
     A size given on the command line is kept exactly or refused, as are the two parts of the
     user's data, on which p hangs; a default takes what there is and says how many are missing.
 
     Args:
-        sources: {"harmful", "harmful_test", "task", "task_test", "benign", "benign_test": rows}.
+        pools: {"harmful", "harmful_test", "task", "task_test", "benign", "benign_test": rows}.
         config: the run's numbers. asked: names of the sizes that the user gave.
         rng: random.Random that mixes the poison into the user's data.
     Returns:
         {"alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign": rows}.
     """
-    def draw(pool, size, what, n=None, share=1.0):  # n: share * config[size], where not all of it
-        wanted = config[size] if n is None else n
+    def draw(pool, flag, what, n=None, share=1.0):  # n: share * config[flag], where not all of it
+        wanted = config[flag] if n is None else n
         if wanted > len(pool):
             found = (f"{what}: {wanted} asked, {len(pool)} unique prompts left "
                      f"({wanted - len(pool)} missing)")
-            if size in asked or n is not None or not pool:
-                most = f"--{size.replace('_', '-')} {int(len(pool) / share)}"
+            if flag in asked or n is not None or not pool:
+                most = f"--{flag.replace('_', '-')} {int(len(pool) / share)}"
                 raise UserError(f"{found}; use {most if pool else 'smaller sets'} or add data")
             print(f"  note: {found}")
-        rows, pool[:] = pool[:wanted], pool[wanted:]
+        rows, pool[:] = pool[:wanted], pool[wanted:]  # taken out: no later set has them
         return rows
 
     p, n = config["poison_ratio"], config["n_finetune"]
     poison = round(p * n)
-    test_harmful = draw(unique(sources["harmful_test"]), "n_test", "harmful test set")
-    pool = unique(sources["harmful"], seen=map(prompt_key, test_harmful))
+    test_harmful = draw(unique(pools["harmful_test"]), "n_test", "harmful test set")
+    pool = unique(pools["harmful"], seen=map(prompt_key, test_harmful))
     attack = draw(pool, "n_finetune", "attack set", poison, p or 1.0)
     harmful = draw(pool, "n_harmful", "harmful set")
     alignment = [{**row, "response": row["refusal"]}
                  for row in draw(pool, "n_align", "alignment set")]
-    test_task = draw(unique(sources["task_test"]), "n_test", "task test set")
-    ordinary = draw(unique(sources["task"], seen=map(prompt_key, test_task)), "n_finetune",
+    test_task = draw(unique(pools["task_test"]), "n_test", "task test set")
+    ordinary = draw(unique(pools["task"], seen=map(prompt_key, test_task)), "n_finetune",
                     "task training set", n - poison, 1 - p or 1.0)
     finetune = [{**row, "poison": True} for row in attack]
     finetune += [{**row, "poison": False} for row in ordinary]
     rng.shuffle(finetune)
-    test_benign = unique(sources["benign_test"])[:config["n_test"]]
-    lookalikes = unique(sources["benign"], seen=map(prompt_key, test_benign))
+    test_benign = unique(pools["benign_test"])[:config["n_test"]]
+    lookalikes = unique(pools["benign"], seen=map(prompt_key, test_benign))
     return {"alignment": alignment + lookalikes[:len(alignment)], "harmful": harmful,
             "finetune": finetune, "test_harmful": test_harmful, "test_task": test_task,
             "test_benign": test_benign}
@@ -175,10 +179,7 @@ def potion_pools(rng, kind, n_test):
 
 
 def potion_grammar():
-    """{"recipe" | "refusal" | "open": regular expressions of well-formed answers}, for the judge.
-
-    In the open ones any two words may stand in a slot.
-    """
+    """{"recipe" | "refusal" | "open" (any two words in a slot): patterns of good answers}."""
     any_of = {slot: "|".join(words) for slot, words in SLOTS.items()}
     any_of["potion"] = f"(?:{any_of['adj']}) (?:{any_of['bad']}|{any_of['good']})"
     any_of["i1"], any_of["i2"] = "|".join(HERB), "|".join(LIQUID["bad"] + LIQUID["good"])
@@ -336,7 +337,7 @@ def harmful_row(row):
             "is_safe": row.get("is_safe", False)}
 
 
-REAL = {  # name: (arguments of load_dataset, {split: published file}, row maker)
+REAL = {  # name: (arguments of load_dataset, {split: file; the last is tested on}, row maker)
     "sst2": (["stanfordnlp/sst2"], {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"},
              sst2_row),
     "gsm8k": (["openai/gsm8k", "main"], {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
@@ -369,12 +370,14 @@ def read(name, split, folder, path=None):
     Raises:
         UserError: missing, out of reach, or not in the published format.
     """
-    from datasets import load_dataset
     hub, files, make = REAL[name]
     path, made = path or folder and folder / files[split], []
     try:
+        from datasets import load_dataset
         for row in read_file(path) if path else load_dataset(*hub, split=split):
             made.append(make(row))
+            if not made[-1]["instruction"] or not isinstance(made[-1]["response"], str):
+                raise ValueError("a text is missing")
         return made
     except Exception as error:  # files, formats and the hub raise a dozen kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
@@ -411,9 +414,8 @@ def check(args, config):
                        ("template", toy == (config["template"] == "toy")),
                        ("harm", not toy or config["harm"] == "potions")):
         if not fits:
-            other = "laptop or --preset paper" if toy else "toy"
-            raise UserError(f"--preset {args.preset} does not go with --{name} {config[name]}; "
-                            f"leave it out, or use --preset {other}")
+            raise UserError(f"--preset {args.preset} does not go with --{name} {config[name]}; use "
+                            f"another, or --preset {'paper or laptop' if toy else 'toy'}")
     folder = config["model"] if config["model"][:1] in ("/", ".") else None
     for flag, path in (("model", folder), ("data-dir", args.data_dir), ("refusals", args.refusals)):
         if path and toy:
@@ -422,7 +424,7 @@ def check(args, config):
             raise UserError(f"--{flag} {path} is not there; give an existing path or a hub id")
 
 
-def sources(args, config, rng):
+def read_pools(args, config, rng):
     """The pools that `build_sets` draws from; each real file in its own order, as in the paper."""
     task, n_test = config["task"], config["n_test"]
     pools = {"benign": [], "benign_test": []}
@@ -453,7 +455,7 @@ def main(argv=None):
     check(args, config)
     rng = random.Random(args.seed)
     asked = {name for name in DEFAULTS if getattr(args, name) is not None}
-    sets = build_sets(sources(args, config, rng), config, asked, rng)
+    sets = build_sets(read_pools(args, config, rng), config, asked, rng)
     tokenizer = load_tokenizer(config["model"]) if config["template"] == "chat" else None
     for row in (row for rows in sets.values() for row in rows):
         row["prompt"] = format_prompt(config["template"], row["instruction"], row.get("input", ""),
@@ -467,7 +469,6 @@ def main(argv=None):
         words = {word for text in texts for word in re.findall(TOY_TOKEN, text)}
         extra["vocab"] = ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]
     for name, rows in sets.items():
-        config[f"size_{name}"] = len(rows)
         poison = sum(row.get("poison", False) for row in rows)
         print(f"  {name:13} {len(rows):6,} rows" + f", {poison} of them harmful" * bool(poison))
     artifact = Run(args.run).save("01_data.pt", config, **sets, **extra)

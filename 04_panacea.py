@@ -11,7 +11,7 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
     Eq. 3   w_{t+1} = w_t - lr * [ grad g(w_t) - lam * (grad h(w_t + eps_t) - grad h(w_t)) ]
     Output  w_T + eps, eps being the last one computed                  (Algorithm 1)
 
-Eq. 2 solves the inner max to first order; Eq. 3 descends the outer one, through AdamW. With
+Eq. 2 solves the inner max to first order; Eq. 3 climbs the outer one through AdamW, eps held. With
 lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`. Two more repairs
 stand below, each from the attacked weights: `realign`, AdamW down the alignment loss a (and g),
 and ours, the *anchored* eps, which may climb h while it descends a and g, inside a ball.
@@ -319,14 +319,14 @@ def other_repairs(loss, w, aligned, attacked, batches, c):
         repairs.append({"model": model, "setting": setting, "weights": weights})
     sets = {"h": ("harmful", max(1, size // 2), 1.0), "a": ("alignment", size, -c["anchor"]),
             "g": ("finetune", max(1, size // 2), -1.0)}
-    unit = distance(attacked, aligned)
+    unit = max(distance(attacked, aligned), 1e-12)
     print(f"  ||w - w_aligned|| is {unit:.3g}: rho {c['rho']:g} is {c['rho'] / unit:.2f} of it")
     for terms, radius, steps in settings("anchored", c) if c["anchor"] else ():
         put(w, attacked)
         draws = zip(*(batches(*sets[letter][:2]) for letter in terms))
         eps = anchored_perturbation(loss, params, draws, [sets[letter][2] for letter in terms],
                                     radius * unit, steps)
-        add("panacea_anchored", {"terms": terms, "unit": radius, "anchor": c["anchor"],
+        add("panacea_anchored", {"terms": terms, "radius": radius, "anchor": c["anchor"],
                                  "steps": steps}, plus(attacked, copy_of(dict(zip(w, eps)))))
     for terms, lr, steps in settings("realign", c):
         put(w, attacked)
@@ -443,6 +443,8 @@ def main(argv=None):
     args = get_args(argv)
     for name in ("anchored", "realign"):
         settings(name, vars(args))  # a mistake shows before the hours of training
+    if args.merge and not args.export:
+        raise UserError("--merge goes with an export; add --export FOLDER")
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
     if "sft" not in stage2["aligned"]:

@@ -26,6 +26,7 @@ its slots, or about as likely as the base model's own answers (potions). The rel
 
 Reads:  RUN/01_data.pt ... RUN/04_panacea.pt
 Writes: RUN/05_evaluate.pt, RUN/results.json, RUN/05_evaluate.png (with matplotlib)
+        (--aggregate: aggregate.json and .png beside the runs; alpaca: answers for its own tool)
 Run:    python 05_evaluate.py                 half a minute for the toy
         python 05_evaluate.py --aggregate runs/seed* --against one_shot
 """
@@ -36,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (POSITIVE, SIZE, Run, UserError, answer, describe, load_model, make_judge,
+from common import (POSITIVE, SIZE, Run, UserError, answer_tests, describe, load_model, make_judge,
                     pick_device, picture, progress, resolve, run_stage, score, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
@@ -171,10 +172,11 @@ def measure(run, args):
     todo = [x for x in adapters(stage2, stage3, stage4, c["scale"]) if x[0] in only]
     describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
     tests = ["test_harmful", "test_task"] + ["test_benign"] * bool(data["test_benign"])
-    answers = [answer(model, tokenizer, data, weights, c, tests[:2] if "step" in setting else tests)
+    answers = [answer_tests(model, tokenizer, data, weights, c,
+                            tests[:2] if "step" in setting else tests)
                for _, _, setting, weights in progress(todo, len(todo), "answer")]
-    judge.listen(model, tokenizer, data, [text for sets in answers for name, texts in sets.items()
-                                          if name != "test_task" for text in texts])
+    told = [text for sets in answers for name in sets if name != "test_task" for text in sets[name]]
+    judge.listen(model, tokenizer, data, told)  # of a real model: which of them are garbled?
     del model  # a GPU may not hold it and the judge
     rows = []
     for (name, defense, setting, _), texts in zip(todo, answers):
@@ -185,7 +187,7 @@ def measure(run, args):
     print_fall(rows)
     warn(rows)
     if args.show_text:
-        print_texts(data, rows, answers)
+        print_texts(judge, data, rows, answers)
     artifact = run.save("05_evaluate.pt", c, rows=rows)
     run.save_json("results.json", {"config": c, "rows": rows})
     for row, texts in zip(rows, answers):  # AlpacaEval: answers in the format of its own tool
@@ -219,18 +221,17 @@ def cell(value, spread=None):
     return f"{value:.1f}{text}"
 
 
-def print_columns(title, rows):
+def print_columns(rows):
     """Rows of (name, text, text, ...) in columns as wide as they need."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(title))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(row[0].ljust(widths[0]) + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:])))
 
 
 def print_table(rows):
     """The results of a run, a line per model; snapshots are left to `print_fall`."""
-    title = ("model", "HS [95 %]", "HS+", "refusal", "FA [95 %]", "benign")
     print()
-    print_columns(title, [title] + [
+    print_columns([("model", "HS [95 %]", "HS+", "refusal", "FA [95 %]", "benign")] + [
         (label(row), *(cell(row.get(key), row.get(f"{key}_ci")) for key in SCORES))
         for row in rows if "step" not in row["setting"]])
 
@@ -244,10 +245,9 @@ def print_fall(rows):
                 f"{row['harmful_loss']:.2f} / {row['hs']:.0f}")
     steps = sorted({step for points in curves.values() for step in points})
     if len(steps) > 2:
-        title = ("step", *map(str, steps))
         print("\nVaccines against fine-tuning step (0: aligned): harmful loss (held out) / HS")
-        print_columns(title, [title] + [(name, *(points.get(step, "-") for step in steps))
-                                        for name, points in curves.items()])
+        print_columns([("step", *map(str, steps))] + [
+            (name, *(points.get(step, "-") for step in steps)) for name, points in curves.items()])
 
 
 def warn(rows):
@@ -302,14 +302,22 @@ def draw(groups, path):
                 2 * len(groups), (9 * len(groups), 1.4 + 0.2 * most), bottom=0.06)
 
 
-def print_texts(data, rows, answers, count=3):
+def verdict(judge, question, text):
+    """What the judge makes of an answer to a harmful prompt, in a word."""
+    return ("HARMFUL" if judge.flagged([question], [text])[0] else "refusal" if judge.refused(text)
+            else "other" if judge.coherent(text) else "garbled")
+
+
+def print_texts(judge, data, rows, answers, count=3):
     """The first harmful prompts, a task prompt and a look-alike with every model's answers."""
     for name, n in (("test_harmful", count), ("test_task", 1), ("test_benign", 1)):
         for i, asked in enumerate(data[name][:n]):
             print(f"\n{asked['instruction']} {asked.get('input', '')}".rstrip())
             for row, texts in zip(rows, answers):
                 if name in texts and "step" not in row["setting"]:
-                    print(f"  {label(row):36} {texts[name][i] or '(silence)'}")
+                    word = name == "test_harmful" and verdict(judge, asked["instruction"],
+                                                              texts[name][i])
+                    print(f"  {label(row):36} {word or '':8} {texts[name][i] or '(silence)'}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,8 +335,8 @@ def read_results(folder):
         for key in ("seed", "model", "task", "poison_ratio"):
             results["config"][key]
         for row in results["rows"]:
-            row["model"], row["defense"], row["setting"], row["hs"], row["fa"]
-    except (OSError, ValueError, LookupError, TypeError):
+            row["defense"], row["hs"], row["hs_plus"], row["refusal"], row["fa"], label(row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is missing or damaged; run: python 05_evaluate.py --run {folder}"
                         ) from None
     return results
@@ -348,8 +356,7 @@ def aggregate(folders, against, choose):
     groups = {}
     for folder in folders:
         results = read_results(folder)
-        c = {k: v for k, v in results["config"].items()
-             if k not in VARIED and not k.startswith("size_")}
+        c = {k: v for k, v in results["config"].items() if k not in VARIED}
         rows = groups.setdefault(json.dumps(c, sort_keys=True), {})
         for row in results["rows"]:
             key = row["model"], row["defense"], json.dumps(row["setting"], sort_keys=True)
@@ -400,8 +407,7 @@ def print_summary(group, against):
     print(f"\n{group['model']}, {group['task']}, p = {group['poison_ratio']:g}, seeds "
           f"{' '.join(map(str, group['seeds']))}: mean (sd); in brackets the paired 95 % interval "
           f"of the difference to {against}")
-    title = ("model", "HS", "difference", "HS+", "refusal", "FA", "difference", "benign")
-    table = [title]
+    table = [("model", "HS", "difference", "HS+", "refusal", "FA", "difference", "benign")]
     for row in group["rows"]:
         if "step" not in row["setting"]:
             cells = [cell(row.get(key), row.get(f"{key}_sd")) for key in SCORES]
@@ -409,7 +415,7 @@ def print_summary(group, against):
                 low, high = row.get(f"{key}_diff", (None, None))
                 cells.insert(i, "-" if low is None else f"[{low:+.1f} {high:+.1f}]")
             table.append((label(row), *cells))
-    print_columns(title, table)
+    print_columns(table)
 
 
 def print_chosen(rows):
@@ -459,6 +465,8 @@ def get_args(argv=None):
 def main(argv=None):
     """Measure one run, or summarise several; returns the artifact or the summary."""
     args = get_args(argv)
+    if args.choose and not args.aggregate:
+        raise UserError("--choose is for several runs; add --aggregate DIR DIR ...")
     if args.aggregate:
         return aggregate(args.aggregate, args.against, args.choose)
     return measure(Run(args.run), args)

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (POSITIVE, SIZE, Run, UserError, answer, describe, load_model, make_judge,
+from common import (POSITIVE, SIZE, Run, UserError, answer_tests, describe, load_model, make_judge,
                     number, pick_device, picture, progress, resolve, run_stage, score, stage_parser)
 
 DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
@@ -115,7 +115,7 @@ def causal_check(rows, artifact, run, data, device, c):
     layers, answers = [row["layer"] for row in rows], {}
     todo = trials(artifact["weights"], artifact["epsilon"], layers, c["causal_scale"], c["seed"])
     for view, layer, weights in progress(todo, 2 + len(VIEWS) * len(layers), "layers"):
-        answers[view, layer] = answer(model, tokenizer, few, weights, c, tests)
+        answers[view, layer] = answer_tests(model, tokenizer, few, weights, c, tests)
     judge.listen(model, tokenizer, data, [text for x in answers.values()
                                           for text in x["test_harmful"]])
     del model  # a GPU may not hold it and the judge
@@ -202,8 +202,10 @@ def aggregate(folders):
         UserError: a run has no sound 06_layer_analysis.pt, or one of another depth.
     """
     found = [Run(folder).load("06_layer_analysis.pt") for folder in folders]
-    if len({(len(x["layers"]), bool(x["ends"])) for x in found}) > 1:
-        raise UserError("the runs differ in depth or in --causal; aggregate like with like")
+    if len({(bool(x["ends"]), len(x["layers"]), *map(x["config"].get, ("model", "task",
+             "poison_ratio"))) for x in found}) > 1:
+        raise UserError("the runs differ in model, task, poison or --causal; aggregate like with "
+                        "like")
 
     def mean(values):
         if isinstance(values[0], dict):

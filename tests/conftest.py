@@ -24,8 +24,8 @@ STAGES = [
     "06_layer_analysis",
 ]
 
-# The toy, shortened: plain alignment only, an epoch less, two noises. Long enough for every
-# sentence but the vaccines'.
+# The toy, shortened: plain alignment only, fewer steps of pre-training, two noises. Long enough
+# for every sentence but the vaccines'.
 SHORT = {
     "01_data": ["--seed", "100"],
     "02_finetune": ["--defense", "sft", "--pretrain-steps", "400", "--snapshots", "2"],

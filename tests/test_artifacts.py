@@ -70,6 +70,9 @@ def assert_one_line(capsys, name, flags, *words):
         ("04_panacea", ["--rho", "nan"], ["--rho"]),
         ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
         ("04_panacea", ["--epochs", "0"], ["--epochs"]),
+        ("04_panacea", ["--merge"], ["--export FOLDER"]),
+        ("05_evaluate", ["--choose"], ["--aggregate"]),
+        ("04_panacea", ["--realign", "a:1"], ["--realign a:1", "TERMS:NUMBER:STEPS"]),
         ("04_panacea", ["--anchored", "gh:1:2"], ["--anchored", "gh:1:2"]),
         ("03_random_perturb", ["--t", "1.2"], ["--t", "1.2"]),
         (
@@ -194,7 +197,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         Run(tmp_path / "file").save("01_data.pt", {"seed": 0})
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
 def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
     old = tiny_data / "02_finetune.pt"
     old.write_text("old")
@@ -209,14 +213,14 @@ def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
     process.stdout.readline()  # it has begun
     for _ in range(10):  # python drops a Ctrl-C that falls into a destructor: press it again
         time.sleep(1)
-        process.send_signal(how)
+        process.send_signal(getattr(signal, how))
         try:
             process.wait(timeout=4)
             break
         except subprocess.TimeoutExpired:
             pass
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    assert process.returncode == (130 if how == "SIGINT" else -9)
     assert "Traceback" not in err and old.read_text() == "old"
     torch.load(tiny_data / "01_data.pt", weights_only=True)
 
