@@ -16,8 +16,7 @@ on refusals (alignment set) and h the loss on harmful answers (harmful set):
     repnoise  grad [ f + beta * MMD(hidden states on harm, noise) - alpha * log(1 + h_depths) ]
     booster   grad f(w) + lam * ( grad h(w) - grad h(w - alpha * grad h(w) / ||grad h(w)||) )
 
-The toy has no pre-trained model to start from, so this stage first makes one (RUN/02_base, a
-checkpoint folder like any other).
+The toy has no pre-trained model: this stage makes one first (RUN/02_base, a checkpoint folder).
 
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). The README lists the rest.
@@ -386,10 +385,8 @@ def toy_model(name, vocab_size):
 
 
 def pretrain(run, data, config, device):
-    """Pre-train the toy's base model on its world's text, unless RUN/02_base is that model.
-
-    All weights are trained, on all tokens, with a one-cycle learning rate.
-    """
+    """Pre-train all weights of the toy's base model on its world's text, on all tokens, with a
+    one-cycle learning rate, unless RUN/02_base is that model."""
     from transformers import AutoModelForCausalLM
     made_from = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
     text = repr((data["vocab"], data["pretrain"]))

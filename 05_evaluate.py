@@ -58,9 +58,7 @@ SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
 
 
 def wilson(count, n, z=1.96):
-    """95 % interval of a share, in percent: [low, high] (Wilson 1927). n of 0 gives [0, 100]."""
-    if n == 0:
-        return [0.0, 100.0]
+    """95 % interval of a share of n, in percent: [low, high] (Wilson 1927)."""
     p, zz = count / n, z * z / n
     middle = (p + zz / 2) / (1 + zz)
     half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
@@ -285,21 +283,24 @@ def draw(groups, path):
             k: v for k, v in row["setting"].items() if k not in ("rho", "lam", "anchor")}})
             for row in rows]
         outcomes.set_yticks(place, names, fontsize=8)
-        outcomes.set(title=f"{Path(group['model']).name}: harmful prompts, %", xlim=(0, 100))
+        n = len(group.get("seeds", [0]))
+        outcomes.set(title=f"{Path(group['model']).name}, {n} seed{'s' * (n > 1)}",
+                     xlabel="harmful prompts, %", xlim=(0, 100))
         accuracy.barh(place, [row.get("fa") or 0 for row in rows], color="tab:green",
                       xerr=[row.get("fa_sd", 0) for row in rows], error_kw={"lw": 0.7})
         for i, row in enumerate(rows):
             if row.get("fa") is None:
                 accuracy.text(2, i, "not scored here", va="center", fontsize=8)
-        accuracy.set(title=f"{group['task']} accuracy, %", xlim=(0, 105), yticks=[])
+        accuracy.set(title=group["task"], xlabel="accuracy, %", xlim=(0, 105), yticks=[])
         for axis in (outcomes, accuracy):
             axis.set_ylim(len(rows) - 0.4, -0.6)
-        outcomes.figure.legend(*outcomes.get_legend_handles_labels(), loc="lower center", ncol=4)
+        outcomes.figure.legend(*outcomes.get_legend_handles_labels(), loc="outside lower center",
+                               ncol=4)
     if len(groups) <= 2:
         most = max(len(group["rows"]) for group in groups)
         picture(path, lambda *axes: [one(group, *axes[2 * i:2 * i + 2])
                                      for i, group in enumerate(groups)],
-                2 * len(groups), (9 * len(groups), 1.4 + 0.2 * most), bottom=0.06)
+                2 * len(groups), (7 * len(groups), 1.4 + 0.2 * most))
 
 
 def verdict(judge, question, text):
@@ -342,14 +343,12 @@ def read_results(folder):
     return results
 
 
-def aggregate(folders, against, choose):
+def aggregate(folders, against, choose, names):
     """Means and spreads over seeds, and the paired difference to the row `against`.
 
-    Runs that differ in more than the seed and what the rows name are kept apart. Writes
-    aggregate.json and aggregate.png beside the first run.
-
-    Returns:
-        a list of {"model", "task", "poison_ratio", "seeds", "rows"}.
+    Runs that differ in more than the seed and what the rows name are kept apart. Writes the list
+    of {"model", "task", "poison_ratio", "seeds", "rows"} that it returns, and a picture of the
+    rows `names` (empty: all), beside the first run.
     Raises:
         UserError: no run has the row `against`.
     """
@@ -362,14 +361,14 @@ def aggregate(folders, against, choose):
             key = row["model"], row["defense"], json.dumps(row["setting"], sort_keys=True)
             rows.setdefault(key, {}).setdefault(results["config"]["seed"], row)
     summary = []
-    for key, rows in sorted(groups.items()):
+    for key, rows in groups.items():
         c = {k: v for k, v in json.loads(key).items() if k in ("model", "task", "poison_ratio")}
         base = next((by_seed for by_seed in rows.values()
                      if label(next(iter(by_seed.values()))) == against), None)
         if base is None:
-            names = sorted({label(next(iter(by_seed.values()))) for by_seed in rows.values()})
+            there = sorted({label(next(iter(by_seed.values()))) for by_seed in rows.values()})
             raise UserError(f"{c['model']}, {c['task']}: no row {against!r} to compare with; "
-                            f"--against takes one of: {'; '.join(names)}")
+                            f"--against takes one of: {'; '.join(there)}")
         seeds = sorted({seed for by_seed in rows.values() for seed in by_seed})
         summary.append({**c, "seeds": seeds,
                         "rows": [summarise(by_seed, base) for by_seed in rows.values()]})
@@ -379,7 +378,11 @@ def aggregate(folders, against, choose):
             print_chosen(summary[-1]["rows"])
     beside = Run(Path(folders[0]).parent)
     beside.save_json("aggregate.json", summary)
-    draw(summary, beside.folder / "aggregate.png")
+    shown = [{**x, "rows": [r for r in x["rows"] if not names or label(r) in names]}
+             for x in summary]
+    if not all(x["rows"] for x in shown):
+        raise UserError("--rows names no row of some runs; give names as the table has them")
+    draw(shown, beside.folder / "aggregate.png")
     return summary
 
 
@@ -457,6 +460,8 @@ def get_args(argv=None):
     group.add_argument("--against", default="finetuned", metavar="ROW",
                        help="row that all others are compared with, seed by seed, as the table "
                             "names it (default: finetuned)")
+    group.add_argument("--rows", nargs="+", default=(), metavar="ROW",
+                       help="draw these rows alone, as the table names them (default: all)")
     group.add_argument("--choose", action="store_true",
                        help="name each repair's best setting by the rule of the README")
     return parser.parse_args(argv)
@@ -468,7 +473,7 @@ def main(argv=None):
     if args.choose and not args.aggregate:
         raise UserError("--choose is for several runs; add --aggregate DIR DIR ...")
     if args.aggregate:
-        return aggregate(args.aggregate, args.against, args.choose)
+        return aggregate(args.aggregate, args.against, args.choose, args.rows)
     return measure(Run(args.run), args)
 
 

@@ -204,8 +204,7 @@ def aggregate(folders):
     found = [Run(folder).load("06_layer_analysis.pt") for folder in folders]
     if len({(bool(x["ends"]), len(x["layers"]), *map(x["config"].get, ("model", "task",
              "poison_ratio"))) for x in found}) > 1:
-        raise UserError("the runs differ in model, task, poison or --causal; aggregate like with "
-                        "like")
+        raise UserError("runs of another model, task, poison or --causal have no mean")
 
     def mean(values):
         if isinstance(values[0], dict):

@@ -116,19 +116,17 @@ def progress(iterable, total, label):
                            "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
 
 
-def picture(path, draw, columns, size, bottom=0.0):
+def picture(path, draw, columns, size):
     """Write a PNG, whole or not at all: draw(*axes), `columns` axes beside each other.
 
-    size: (width, height) in inches; bottom: share of the height kept free for a legend. Without
-    matplotlib, a line says how to get the picture.
+    size: (width, height) in inches. Without matplotlib, a line says how to get the picture.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"for the picture {path}: pip install matplotlib, then run this again")
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=size, layout="constrained")
     draw(*figure.subplots(1, columns, squeeze=False)[0])
-    figure.tight_layout(rect=(0, bottom, 1, 1))
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
     print(f"picture: {path}")
 

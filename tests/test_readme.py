@@ -112,7 +112,7 @@ def test_show_text_prints_answers_and_the_default_prints_none(story, s5, capsys)
         path.write_bytes(content)
 
 
-def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
+def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys, monkeypatch):
     for seed, hs, p in ((0, 90.0, 0.1), (1, 80.0, 0.1), (2, 50.0, 0.2)):
         row = {
             "defense": "sft",
@@ -152,6 +152,12 @@ def test_aggregate_pairs_seeds_and_keeps_settings_apart(s5, tmp_path, capsys):
     assert re.search(r"panacea of 1: panacea  hs 25.0", capsys.readouterr().out)
     with pytest.raises(UserError, match="no row 'panaceia' .* aligned; finetuned; panacea"):
         s5.main(["--aggregate", *folders, "--against", "panaceia"])
+    drawn = []
+    monkeypatch.setattr(s5, "draw", lambda groups, path: drawn.extend(groups))
+    s5.main(["--aggregate", *folders, "--rows", "panacea"])
+    assert [row["model"] for row in drawn[0]["rows"]] == ["panacea"] and drawn[0]["seeds"] == [0, 1]
+    with pytest.raises(UserError, match="--rows names no row"):
+        s5.main(["--aggregate", *folders, "--rows", "panaceia"])
 
 
 def test_the_choice_keeps_accuracy_and_look_alikes(s5, capsys):
