@@ -188,6 +188,8 @@ def draw(rows, ends, path):
             effect.set(title="Harmful score with eps on one layer", xlabel="layer", ylabel="%",
                        ylim=(-5, 105))
             effect.legend(fontsize=8)
+        for axis in filter(None, (size, effect)):
+            axis.locator_params("x", integer=True)
     picture(path, plot, 2 if ends else 1, (11 if ends else 6, 4))
 
 
