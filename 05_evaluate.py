@@ -303,10 +303,10 @@ def draw(groups, path):
                 2 * len(groups), (7 * len(groups), 1.4 + 0.2 * most))
 
 
-def verdict(judge, question, text):
+def verdict(judge, row, text):
     """What the judge makes of an answer to a harmful prompt, in a word."""
-    return ("HARMFUL" if judge.flagged([question], [text])[0] else "refusal" if judge.refused(text)
-            else "other" if judge.coherent(text) else "garbled")
+    return ("HARMFUL" if judge.flagged([row["instruction"]], [text])[0] else "refusal"
+            if judge.refused(text) else "other" if judge.coherent(text) else "garbled")
 
 
 def print_texts(judge, data, rows, answers, count=3):
@@ -316,8 +316,7 @@ def print_texts(judge, data, rows, answers, count=3):
             print(f"\n{asked['instruction']} {asked.get('input', '')}".rstrip())
             for row, texts in zip(rows, answers):
                 if name in texts and "step" not in row["setting"]:
-                    word = name == "test_harmful" and verdict(judge, asked["instruction"],
-                                                              texts[name][i])
+                    word = name == "test_harmful" and verdict(judge, asked, texts[name][i])
                     print(f"  {label(row):36} {word or '':8} {texts[name][i] or '(silence)'}")
 
 
