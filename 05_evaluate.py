@@ -28,7 +28,7 @@ Reads:  RUN/01_data.pt ... RUN/04_panacea.pt
 Writes: RUN/05_evaluate.pt, RUN/results.json, RUN/05_evaluate.png (with matplotlib)
         (--aggregate: aggregate.json and .png beside the runs; alpaca: answers for its own tool)
 Run:    python 05_evaluate.py                 half a minute for the toy
-        python 05_evaluate.py --aggregate runs/seed* --against one_shot
+        python 05_evaluate.py --aggregate runs/seed* --against "one_shot rho 1 lam 0 scale 1"
 """
 
 import json

@@ -168,7 +168,7 @@ class Run:
     (every number that made it), `seed`, `parents` ({file name: sha256}) and `versions`.
     """
 
-    FORMAT = 2  # raised when what the artifacts hold changes
+    FORMAT = 3  # raised when what the artifacts hold changes
 
     def __init__(self, folder):
         self.folder, self.parents = Path(folder), {}
@@ -271,7 +271,7 @@ def load_model(run, data, device):
     """The frozen base model of the run, in eval mode on `device`, and its tokenizer.
 
     It comes from a folder or the hub (the toy's from RUN/02_base), in bfloat16 on a CUDA GPU,
-    else as stored (laptop: in float32, which a CPU does faster). Raises UserError if it cannot be.
+    else as stored (laptop: in float32, which a CPU does faster). Raises UserError if that fails.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     name = data["config"]["model"]
