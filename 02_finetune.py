@@ -33,6 +33,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError,
@@ -353,14 +354,14 @@ def toy_tokenizer(vocab):
     Decoding puts one space between words and none before a mark, as the toy's sentences have it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(TOY_TOKEN), "removed", invert=True)
     words.decoder = decoders.WordPiece(cleanup=True)
     words.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>",
-                                   eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>")
 
 
 def toy_model(name, vocab_size):
@@ -370,7 +371,6 @@ def toy_model(name, vocab_size):
     a tied one, so small a model learns its world several times slower. The embedding starts
     sqrt(width) larger, as Gemma 2 scales its own: else the first layer decides everything.
     """
-    import transformers
     arch = {"toy-llama": "Llama", "toy-gemma2": "Gemma2", "toy-qwen2": "Qwen2"}[name]
     config = getattr(transformers, arch + "Config")(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
@@ -387,14 +387,14 @@ def toy_model(name, vocab_size):
 def pretrain(run, data, config, device):
     """Pre-train all weights of the toy's base model on its world's text, on all tokens, with a
     one-cycle learning rate, unless RUN/02_base is that model."""
-    from transformers import AutoModelForCausalLM
     made_from = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
     text = repr((data["vocab"], data["pretrain"]))
     made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = run.folder / "02_base"
     with suppress(Exception):  # a damaged one raises a dozen kinds
         if (folder / "model.safetensors").is_file() and (
-                AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from):
+                transformers.AutoModelForCausalLM.from_pretrained(folder).config.made_from
+                == made_from):
             return print(f"{folder} fits this data and these settings: not pre-training again")
     torch.manual_seed(config["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
@@ -415,11 +415,7 @@ def pretrain(run, data, config, device):
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     model.config.made_from = made_from
-
-    def write(new):
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-    write_whole(folder, write)
+    write_whole(folder, lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)))
 
 
 # ---------------------------------------------------------------------------------------------
