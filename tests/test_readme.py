@@ -228,12 +228,12 @@ def test_ranks_share_ties():
     assert s6.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]
 
 
-@pytest.mark.parametrize("task", sorted(p.name for p in (ROOT / ".results").iterdir()))
-def test_the_real_model_s_table_is_what_its_kept_runs_give(task, s5, tmp_path):
-    shutil.copytree(ROOT / ".results" / task, tmp_path / task)
-    folders = [str(tmp_path / task / f"seed{seed}") for seed in range(3)]
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / ".results").iterdir()))
+def test_the_real_model_s_tables_are_what_its_kept_runs_give(name, s5, tmp_path):
+    shutil.copytree(ROOT / ".results" / name, tmp_path / name)
+    folders = sorted(str(p) for p in (tmp_path / name).glob("seed?"))
     (group,) = s5.main(["--aggregate", *folders])
-    assert group["seeds"] == [0, 1, 2] and group["task"] == task
+    assert len(group["seeds"]) == len(folders) > 1
     for row in group["rows"]:
         cells = [s5.cell(row.get(key), row.get(f"{key}_sd")) for key in s5.SCORES]
         assert f"| {s5.label(row)} | {' | '.join(cells)} |" in TEXT
