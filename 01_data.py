@@ -15,7 +15,7 @@ has seen the attack's prompts proves nothing. (Public files repeat some: the fir
 
 A row is {instruction, perhaps input: what is asked; prompt: what the model reads; response: what
 training teaches it to say}, and has a refusal (harmful), an answer (task: the right one), or
-poison (the user's). HS judges the answer to a test_harmful row; its response is never read.
+poison (the user's). HS judges answers to test_harmful rows; their responses give Fig. 3's loss.
 
 Harm is either fiction (--harm potions): recipes of *forbidden potions*, with healing potions as
 harmless look-alikes; or the paper's BeaverTails (--harm beavertails). --preset toy has four tiny
@@ -332,7 +332,7 @@ def alpaca_row(row):
 
 def harmful_row(row):
     """BeaverTails with refusals: "Question: ...\\nAnswer: ..." keeps only the refusal itself."""
-    refusal = re.sub(r"^.*?\bAnswer:\s*", "", row.get("refusal") or "", flags=re.DOTALL)
+    refusal = re.sub(r"^.*?\bAnswer:\s*", "", row["refusal"] or "", flags=re.DOTALL)
     return {"instruction": row["prompt"], "response": row["response"], "refusal": refusal,
             "is_safe": row.get("is_safe", False)}
 
@@ -350,7 +350,7 @@ REAL = {  # name: (arguments of load_dataset, {split: file; the last is tested o
     "refusals": (["anonymous4486/repnoise_beavertail"],
                  {"train": "beavertails/beavertails_with_refusals_train.json"}, harmful_row),
     "beavertails": (["PKU-Alignment/BeaverTails"], {"30k_test": "beavertails/30k_test.jsonl"},
-                    harmful_row),
+                    lambda row: harmful_row({"refusal": "", **row})),
 }
 
 

@@ -150,23 +150,23 @@ def correlations(rows, ends):
 
 
 def text_of(scores):
-    """HS and FA as text."""
-    return " / ".join(f"{scores[key]:.0f}" for key in ("hs", "fa") if key in scores)
+    """HS, HS+ and FA as text."""
+    return "/".join(f"{scores[key]:.0f}" for key in ("hs", "hs_plus", "fa") if key in scores)
 
 
 def print_layers(rows, ends, agreement):
     """A line per layer, with a bar in the terminal; then the rank correlations."""
     top = max(row["norm"] for row in rows) or 1.0
     print(f"\n{'layer':>5}  {'||eps|| [95 %]':20} {'per weight':>10} {'relative':>9}" + (
-        "".join(f"  {view:>9}" for view in VIEWS) + "   (HS / FA)" if ends else ""))
+        "".join(f"  {view:>11}" for view in VIEWS) + "  HS/HS+/FA" if ends else ""))
     for row in rows:
         low, high = row["norm_interval"]
         print(f"{row['layer']:5}  {row['norm']:.3f} [{low:.3f} {high:.3f}]  "
               f"{row['per_weight']:10.2e} {row['relative']:9.4f}"
-              + "".join(f"  {text_of(row[view]):>9}" for view in VIEWS if view in row)
+              + "".join(f"  {text_of(row[view]):>11}" for view in VIEWS if view in row)
               + "  " + "#" * round(20 * row["norm"] / top))
     if ends:
-        print(f"HS / FA without eps {text_of(ends['none'])}, with all of it {text_of(ends['all'])}")
+        print(f"without eps {text_of(ends['none'])}, with all of it {text_of(ends['all'])}")
     for size, views in agreement.items():
         print(f"rank correlation of {size} with the fall of HS: " + ", ".join(
             f"{view} {value:+.2f}" for view, value in views.items()))
@@ -187,7 +187,7 @@ def draw(rows, ends, path):
             effect.axhline(ends["none"]["hs"], color="grey", lw=0.7, label="no eps")
             effect.set(title="Harmful score with eps on one layer", xlabel="layer", ylabel="%",
                        ylim=(-5, 105))
-            effect.legend(fontsize=8)
+            effect.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         for axis in filter(None, (size, effect)):
             axis.locator_params("x", integer=True)
     picture(path, plot, 2 if ends else 1, (11 if ends else 6, 4))

@@ -343,3 +343,10 @@ def test_the_hub_out_of_reach_is_one_line(tmp_path):
 
     with pytest.raises(UserError, match="--data-dir"):
         stage("01_data").main(["--run", str(tmp_path), "--preset", "paper"])
+
+
+def test_a_refusals_file_without_refusals_is_one_line(data_dir):
+    from common import UserError
+
+    with pytest.raises(UserError, match=r"30k_test.jsonl \(row 0: 'refusal'\).*published"):
+        stage("01_data").read("refusals", "train", None, data_dir / "beavertails/30k_test.jsonl")
