@@ -450,7 +450,7 @@ def get_args(argv=None):
     """Flags of this stage."""
     parser, group = stage_parser(__doc__, DEFAULTS)
     group.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL",
-                       help=f"all rows to measure and keep: {', '.join(MODELS)} (default: all)")
+                       help=f"measure and keep these rows only: {', '.join(MODELS)} (default: all)")
     group.add_argument("--show-text", action="store_true",
                        help="print a few prompts with every model's answer (may be harmful)")
     group = parser.add_argument_group("several runs")

@@ -7,7 +7,7 @@ Two things are missing there, and are done here:
     fair     a layer with more weights has a larger norm; so eps is also given per weight
              (||eps_l|| / sqrt(n_l)) and relative to the layer's own weights (||eps_l|| / ||w_l||),
              and over many harmful batches (one eps per training step) rather than one
-    causal   eps is applied layer by layer, and HS and FA are measured:
+    causal   eps is applied layer by layer, and HS, HS+ and FA are measured:
                  only      eps_l on layer l alone
                  without   eps on all layers but l
                  one_norm  eps_l stretched to the norm of the whole eps, on layer l alone

@@ -216,7 +216,7 @@ def test_layers_of_several_runs_are_averaged(story, tmp_path, capsys):
     for row, own in zip(mean["layers"], story[1]["06_layer_analysis"]["layers"], strict=True):
         assert row["norm"] == pytest.approx(2 * own["norm"]) and row["layer"] == own["layer"]
         assert row["only"] == pytest.approx(own["only"])
-    assert "means over 2 runs" in capsys.readouterr().out
+    assert re.search(r"^means over 2 runs:\n(.*\n)+ +0 .* \d+/\d+/\d+ ", capsys.readouterr().out)
     (tmp_path / "a" / "06_layer_analysis.pt").write_text("{}")
     with pytest.raises(UserError, match="06_layer_analysis.py --run"):
         s6.main(["--aggregate", str(tmp_path / "a")])
@@ -234,7 +234,36 @@ def kept(tmp_path):
     return shutil.copytree(ROOT / ".results", tmp_path / "kept")
 
 
-@pytest.mark.parametrize("name", ["sst2", "agnews", "clean", "toy"])
+SUMMARY = {  # rows of the short tables: label in the results -> how the short table's line has it
+    "toy": {
+        "aligned": "aligned: it has",
+        "finetuned": "`finetuned`): fine-tuned",
+        "random std 0.08": "`random std 0.08`",
+        "interpolated t 0.5": "`interpolated`)",
+        "one_shot rho 1 lam 0 scale 1": "`one_shot`)",
+        "panacea rho 1 lam 0.015 scale 1": "`panacea`, scale 1)",
+        "panacea_anchored terms hag radius 0.2 anchor 3 steps 5": "`anchored`, h - a - g)",
+        "realign terms ag lr 0.0006 steps 10": "`realign`, a + g)",
+    },
+    "sst2": {
+        "base": "before alignment (`base`)",
+        "aligned": "aligned",
+        "finetuned": "attacked (`finetuned`)",
+        "random std 0.08": "noise std 0.08",
+        "interpolated t 0.5": "half way back (`interpolated`)",
+        "one_shot rho 4 lam 0 scale 1": "`one_shot`, scale 1",
+        "panacea rho 4 lam 0.001 scale 0.5": "`panacea`, scale 0.5",
+        "panacea rho 4 lam 0.001 scale 1": "`panacea`, scale 1",
+        "panacea_anchored terms a radius 0.2 anchor 3 steps 10": "`anchored`, a",
+        "panacea_anchored terms hag radius 0.2 anchor 3 steps 10": "`anchored`, h - a - g",
+        "realign terms ag lr 0.001 steps 10": "`realign`, a + g",
+    },
+    "agnews": {},
+    "clean": {},
+}
+
+
+@pytest.mark.parametrize("name", SUMMARY)
 def test_tables_are_what_the_kept_runs_give(name, kept, s5):
     folders = sorted(str(p) for p in (kept / name).glob("seed?"))
     (group,) = s5.main(["--aggregate", *folders])
@@ -243,6 +272,20 @@ def test_tables_are_what_the_kept_runs_give(name, kept, s5):
         cells = [s5.cell(row.get(key), row.get(f"{key}_sd")) for key in s5.SCORES]
         if "step" not in row["setting"] and not (name == "toy" and s5.label(row)[:8] == "aligned "):
             assert f"| {s5.label(row)} | {' | '.join(cells)} |" in TEXT
+        if s5.label(row) in SUMMARY[name]:
+            short = " | ".join(f"{row[key]:.0f}" for key in s5.SCORES)
+            start = re.escape(SUMMARY[name][s5.label(row)])
+            assert re.search(rf"^\|.*{start}.* \| {re.escape(short)} \|$", TEXT, re.MULTILINE)
+
+
+def test_the_table_of_vaccines_is_what_the_kept_runs_give(kept, s5):
+    (group,) = s5.main(["--aggregate", *map(str, (kept / "toy").glob("seed?"))])
+    table = table_after("Vaccines against fine-tuning step</b>")
+    rows = [row for row in group["rows"] if "at_step" in row]
+    for row in rows:
+        text = f"{row['harmful_loss']:.2f} / {row['hs']:.0f}"
+        assert table[row["defense"], f"{row['at_step']:g}"] == text
+    assert len(rows) == 16
 
 
 def table_after(heading):
@@ -258,7 +301,7 @@ def test_tables_of_tasks_and_poison_are_what_the_kept_runs_give(kept, s5):
         ("toy-tasks", 5, tasks, s5.SCORES),
         ("toy-poison", 3, poison, ("hs", "hs_plus", "fa")),
     ):
-        folders = [*(kept / name).iterdir(), *(kept / f"toy/seed{s}" for s in range(seeds))]
+        folders = [*(kept / name).glob("*[0-9]"), *(kept / f"toy/seed{s}" for s in range(seeds))]
         groups = s5.main(["--aggregate", *sorted(map(str, folders))])
         checked = set()
         for group in groups:
@@ -271,6 +314,15 @@ def test_tables_of_tasks_and_poison_are_what_the_kept_runs_give(kept, s5):
                     assert table[s5.label(row), column] == shown
                     checked.add((s5.label(row), column))
         assert checked == {key for key in table if key[1] != "model"} and len(groups) == 5
+
+
+def test_the_tuning_table_is_what_the_rule_chooses(kept, s5, capsys):
+    s5.main(["--aggregate", *sorted(map(str, (kept / "toy-tuning").glob("seed*"))), "--choose"])
+    chosen = re.findall(r" of 8: (.*)", capsys.readouterr().out)
+    rows = [line for line in chosen if "none keeps" not in line]
+    for line in rows:
+        assert f"| {' | '.join(re.findall(r'  [a-z_]+ ([0-9.]+)', line))} |" in TEXT
+    assert len(chosen) == 10 and len(rows) == 10
 
 
 def test_the_layers_table_is_the_mean_of_the_kept_runs(kept):
