@@ -8,26 +8,30 @@ steps (Fig. 3). Snapshots let stage 5 show that.
 The model is frozen; what is trained is a LoRA adapter w = {A, B} on its linear layers,
     y = W x + (alpha / r) B A x,
 and ONE adapter is carried from alignment into fine-tuning, for every defence alike. Every method
-is a rule from batches to a gradient on w; the loop that applies it is the same. With f the loss
+is a rule from batches to a gradient on w; the loop that applies it is the same. With a the loss
 on refusals (alignment set) and h the loss on harmful answers (harmful set):
 
-    sft       grad f(w)
-    vaccine   grad of f with every layer's output e_l moved by rho * grad_e_l f / ||grad_e f||
-    repnoise  grad [ f + beta * MMD(hidden states on harm, noise) - alpha * log(1 + h_depths) ]
-    booster   grad f(w) + lam * ( grad h(w) - grad h(w - alpha * grad h(w) / ||grad h(w)||) )
+    sft       grad a(w)
+    vaccine   grad of a with every layer's output e_l moved by rho * grad_e_l a / ||grad_e a||
+    repnoise  grad [ a + beta * MMD(hidden states on harm, noise) - alpha * log(1 + h_depths) ]
+    booster   grad a(w) + lam * ( grad h(w) - grad h(w - alpha * grad h(w) / ||grad h(w)||) )
 
-The toy has no pre-trained model: this stage makes one first (RUN/02_base, a checkpoint folder).
+The attack is sft, too, on the loss g of the user's data. The toy has no pre-trained model: this
+stage makes one first (RUN/02_base, a checkpoint folder).
 
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
-clips gradients at norm 1 (transformers' default). The README lists the rest.
+clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.
+
+Reading order: LoRALinear, answer_loss, the rules, train, align, attack; five minutes. The rest
+makes the toy's base model and tries a model before hours are spent on it.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base as well)
-Run:    python 02_finetune.py                 under two minutes for the toy
+Run:    python 02_finetune.py                 about a minute and a half for the toy
 """
 
 import hashlib
-import itertools
 import math
+import re
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -36,40 +40,60 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, TOY_TOKEN, Run, UserError,
-                    checkpoint_layers, collate, cut, describe, draw_batches, encode,
-                    load_model, number, over_parts, pick_device, progress, resolve, run_stage,
-                    stage_parser, write_whole)
+from common import (
+    TOY_MODELS,
+    TOY_TOKEN,
+    Flag,
+    Run,
+    UserError,
+    checkpoint_layers,
+    collate,
+    describe,
+    draw_batches,
+    encode,
+    generate,
+    in_processes,
+    load_model,
+    pick_device,
+    progress,
+    resolve,
+    run_stage,
+    say_next,
+    stage_parser,
+    write_whole,
+)
 
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
-DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "defense": (DEFENSES, ["sft"], ["sft"], tuple(DEFENSES),
-                f"how to align, one or several: {', '.join(DEFENSES)}"),
-    "align_epochs": (4, 3, 20, COUNT, "epochs over the alignment set; 0 for a chat model"),
-    "align_lr": (2e-3, 1e-3, 5e-4, POSITIVE, "learning rate of alignment"),
-    "align_batch_size": (16, 10, 10, SIZE, "batch of alignment"),
-    "epochs": (6, 1, 20, SIZE, "epochs over the user's data"),
-    "lr": (6e-4, 7e-4, 2e-5, POSITIVE, "learning rate of fine-tuning"),
-    "batch_size": (16, 10, 10, SIZE, "batch of fine-tuning"),
-    "weight_decay": (0.1, 0.1, 0.1, POSITIVE, "AdamW's weight decay"),
-    "r": (16, 16, 32, SIZE, "LoRA rank"),
-    "alpha": (16, 16, 4, POSITIVE, "LoRA alpha; the update is alpha/r * B A"),
-    "targets": (["all"], ["all"], ["q_proj", "k_proj", "v_proj"], str,
-                "linear layers that get an adapter, or all"),
-    "snapshots": (3, 0, 0, COUNT, "points of Fig. 3 after step 0, each four times the one before"),
-    "vaccine_rho": (1.0, 1.0, 20.0, POSITIVE, "Vaccine: norm of the embedding drift"),
-    "repnoise_alpha": (0.3, 0.02, 0.02, POSITIVE, "RepNoise: weight of -log of the harmful loss"),
-    "repnoise_beta": (0.1, 0.1, 0.1, POSITIVE, "RepNoise: weight of the MMD"),
-    "booster_lam": (0.3, 0.3, 100.0, POSITIVE, "Booster: weight lam of its regulariser"),
-    "booster_alpha": (0.1, 0.1, 0.01, POSITIVE, "Booster: length of its harmful step"),
-    "align_harmful_batch_size": (32, 10, 10, SIZE, "batch of h in alignment (RepNoise, Booster)"),
-    "pretrain_steps": (430, 0, 0, number(int, 20), "steps of pre-training the toy"),
-    "pretrain_lr": (2e-3, 0.0, 0.0, POSITIVE, "highest learning rate of pre-training"),
-    "micro_batch_size": (0, 0, 0, COUNT, "rows per pass, to save memory; 0: the whole batch. The "
-                         "gradient is the same (sft and booster only)"),
-    "gradient_checkpointing": (False, False, False, bool, "keep no activations inside layers: two "
-                               "thirds of the speed, a fraction of the memory, the same gradient"),
-}
+# fmt: off
+FLAGS = [  # name, default of toy, laptop, paper, meaning
+    Flag("defense", DEFENSES, ["sft"], ["sft"],
+         f"how to align, one or several: {', '.join(DEFENSES)}", choices=tuple(DEFENSES)),
+    Flag("align_epochs", 4, 3, 20, "epochs over the alignment set; 0 for a chat model", low=0),
+    Flag("align_lr", 2e-3, 1e-3, 5e-4, "learning rate of alignment", low=0),
+    Flag("align_batch_size", 16, 10, 10, "batch of alignment", low=1),
+    Flag("epochs", 6, 1, 20, "epochs over the user's data", low=1),
+    Flag("lr", 6e-4, 7e-4, 2e-5, "learning rate of fine-tuning, the attack's strength", low=0),
+    Flag("batch_size", 16, 10, 10, "batch of fine-tuning", low=1),
+    Flag("weight_decay", 0.1, 0.1, 0.1, "AdamW's weight decay", low=0),
+    Flag("r", 16, 16, 32, "LoRA rank", low=1),
+    Flag("alpha", 16.0, 16.0, 4.0, "LoRA alpha; the update is alpha/r * B A", low=0),
+    Flag("targets", ["all"], ["all"], ["q_proj", "k_proj", "v_proj"],
+         "linear layers that get an adapter, or all"),
+    Flag("snapshots", 3, 0, 0, "points of Fig. 3 after step 0, each four times the one before",
+         low=0),
+    Flag("vaccine_rho", 1.0, 1.0, 20.0, "Vaccine: norm of the embedding drift", low=0),
+    Flag("repnoise_alpha", 0.3, 0.02, 0.02, "RepNoise: weight of -log of the harmful loss", low=0),
+    Flag("repnoise_beta", 0.1, 0.1, 0.1, "RepNoise: weight of the MMD", low=0),
+    Flag("booster_lam", 0.3, 0.3, 100.0, "Booster: weight lam of its regulariser", low=0),
+    Flag("booster_alpha", 0.1, 0.1, 0.01, "Booster: length of its harmful step", low=0),
+    Flag("align_harmful_batch_size", 32, 10, 10, "batch of h in alignment (RepNoise, Booster)",
+         low=1),
+    Flag("pretrain_steps", 430, 0, 0, "steps of pre-training the toy", low=20),
+    Flag("pretrain_lr", 2e-3, 0.0, 0.0, "highest learning rate of pre-training", low=0),
+    Flag("gradient_checkpointing", False, False, False, "keep no activations inside layers: two "
+         "thirds of the speed, a fraction of the memory, the same gradient"),
+]
+# fmt: on
 
 # ---------------------------------------------------------------------------------------------
 # LoRA by hand
@@ -100,20 +124,25 @@ def add_lora(model, targets, r, alpha):
     """Freeze `model`, wrap its target linear layers in LoRALinear, return w = {name: parameter}.
 
     Args:
-        targets: last parts of module names ("q_proj"), or ["all"] for every linear layer but the
-            output head.
+        targets: last parts of module names ("q_proj"), or ["all"] for every linear layer within
+            the decoder's layers.
     Raises:
         UserError: a target matches no linear layer; the message lists those there are.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and m is not head}
-    last = {name.rpartition(".")[2] for name in linear}
-    missing = set(targets) - last - {"all"}
-    if missing:
-        raise UserError(f"--targets {' '.join(sorted(missing))} match no linear layer; "
-                        f"this model has: {' '.join(sorted(last))}")
+    linear = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name):  # not the output head
+            linear[name] = module
+    there = {name.rpartition(".")[2] for name in linear}
+    unknown = [x for x in targets if x not in there and not (x == "all" and there)]
+    if unknown:
+        others = {type(m).__name__ for _, m in model.named_modules() if hasattr(m, "weight")}
+        found = f"linear layers: {' '.join(sorted(there)) or 'none'}"
+        raise UserError(
+            f"--targets {' '.join(unknown)} match no linear layer; this {type(model).__name__} has "
+            f"{found} (layers with weights: {' '.join(sorted(others))})"
+        )
     w = {}
     for name, module in linear.items():
         if "all" in targets or name.rpartition(".")[2] in targets:
@@ -134,21 +163,19 @@ def answer_loss(model, batch):
     Logits (B, K, V) are made at K positions only: from the first to the last that predict an
     answer token of any row.
     """
-    labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
+    labels = batch["labels"][:, 1:]  # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
     keep = slice(int(answer.min()), int(answer.max()) + 1)
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, keep].flatten(),
-                           ignore_index=-100)
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), labels[:, keep].flatten(), ignore_index=-100
+    )
 
 
 def gradient(loss, w, batch):
     """(d loss(batch) / d w, loss(batch)): new tensors in the order of `w`, and a number."""
-    def part(rows):
-        value = loss(rows)
-        return *torch.autograd.grad(value, w), value.detach()
-    *grads, value = over_parts(part, batch)  # once, or over micro-batches
-    return grads, value.item()
+    value = loss(batch)
+    return list(torch.autograd.grad(value, w)), value.item()
 
 
 def global_norm(tensors):
@@ -176,7 +203,7 @@ def perturbed(w, eps):
 
 
 def sft_rule(model, w, batch, harmful=None, c=None):
-    """Plain supervised fine-tuning: grad f(w)."""
+    """Plain supervised fine-tuning: grad a(w); in the attack, on the user's batch, grad g(w)."""
     grads, loss = gradient(partial(answer_loss, model), w, batch)
     return grads, {"loss": loss}
 
@@ -184,8 +211,10 @@ def sft_rule(model, w, batch, harmful=None, c=None):
 @contextmanager
 def shifted(layers, shifts):
     """Add shifts[l] (B, T, d) to the output of decoder layer l."""
-    handles = [layer.register_forward_hook(lambda _, inputs, out, s=s: out + s)
-               for layer, s in zip(layers, shifts)]
+    handles = [
+        layer.register_forward_hook(lambda _, inputs, out, s=s: out + s)
+        for layer, s in zip(layers, shifts)
+    ]
     try:
         yield
     finally:
@@ -194,9 +223,9 @@ def shifted(layers, shifts):
 
 
 def vaccine_rule(model, w, batch, harmful, c):
-    """Gradient of f under the embedding drift that raises f most; Vaccine, Eq. 4-5 (2402.01109).
+    """Gradient of a under the embedding drift that raises a most; Vaccine, Eq. 4-5 (2402.01109).
 
-    e_l = rho * grad_{e_l} f / ||grad_e f||, one norm over the outputs of all layers. Two passes.
+    e_l = rho * grad_{e_l} a / ||grad_e a||, one norm over the outputs of all layers. Two passes.
     """
     layers = model.get_decoder().layers
     like = model.get_input_embeddings().weight  # the base's dtype: an adapter's is float32
@@ -212,60 +241,69 @@ def vaccine_rule(model, w, batch, harmful, c):
 def mmd(x, y):
     """Squared maximum mean discrepancy of two samples (N, d), Gaussian kernels of five widths."""
     z = torch.cat([x, y])
-    distance = torch.cdist(z, z).pow(2)                                # (2N, 2N)
+    distance = torch.cdist(z, z).pow(2)  # (2N, 2N)
     width = distance.detach().mean()
-    kernel = sum(torch.exp(-distance / (width * 2.0 ** k)) for k in range(-2, 3))
+    kernel = sum(torch.exp(-distance / (width * 2.0**k)) for k in range(-2, 3))
     n = len(x)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
 def repnoise_rule(model, w, batch, harmful, c):
-    """grad [f + beta * MMD - alpha * log(1 + mean harmful loss)]; RepNoise (2405.14577).
+    """grad [a + beta * MMD - alpha * log(1 + mean harmful loss)]; RepNoise (2405.14577).
 
     Hidden states at harmful answer tokens, flattened by sample, are pushed towards Gaussian
     noise; the harmful loss is read at every depth through the model's own final norm and head.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     out = decoder(input_ids=harmful["input_ids"], output_hidden_states=True, use_cache=False)
-    at = harmful["labels"][:, 1:] != -100                              # (B, T-1)
-    target = harmful["labels"][:, 1:][at]                              # (N,)
-    depths = [h[:, :-1] for h in out.hidden_states]                    # layers + 1 x (B, T-1, d)
+    at = harmful["labels"][:, 1:] != -100  # (B, T-1)
+    target = harmful["labels"][:, 1:][at]  # (N,)
+    depths = [h[:, :-1] for h in out.hidden_states]  # layers + 1 x (B, T-1, d)
     mask = at.unsqueeze(-1).float()
-    noise = sum(mmd((h.float() * mask).flatten(1), (torch.randn_like(h.float()) * mask).flatten(1))
-                for h in depths[1:]) / (len(depths) - 1)
+    noise = sum(
+        mmd((h.float() * mask).flatten(1), (torch.randn_like(h.float()) * mask).flatten(1))
+        for h in depths[1:]
+    ) / (len(depths) - 1)
     normed = [decoder.norm(h[at]) for h in depths[:-1]] + [depths[-1][at]]  # the last has been
     h_depths = sum(F.cross_entropy(head(h).float(), target) for h in normed) / len(normed)
-    f = answer_loss(model, batch)
-    total = f + c["repnoise_beta"] * noise - c["repnoise_alpha"] * torch.log(1 + h_depths)
-    return torch.autograd.grad(total, w), {"loss": f.item()}
+    a = answer_loss(model, batch)
+    total = a + c["repnoise_beta"] * noise - c["repnoise_alpha"] * torch.log(1 + h_depths)
+    return torch.autograd.grad(total, w), {"loss": a.item()}
 
 
 def booster_rule(model, w, batch, harmful, c):
-    """grad f + lam (grad h(w) - grad h(w - alpha grad h / ||grad h||)); Booster (2409.01586)."""
+    """grad a + lam (grad h(w) - grad h(w - alpha grad h / ||grad h||)); Booster (2409.01586)."""
     loss = partial(answer_loss, model)
-    grad_f, f = gradient(loss, w, batch)
+    grad_a, a = gradient(loss, w, batch)
     grad_h, _ = gradient(loss, w, harmful)
     norm = global_norm(grad_h).item()
     with perturbed(w, [-c["booster_alpha"] * x / norm for x in grad_h]):
         grad_h_step, _ = gradient(loss, w, harmful)
-    return [f_ + c["booster_lam"] * (h - h_step)
-            for f_, h, h_step in zip(grad_f, grad_h, grad_h_step)], {"loss": f}
+    grads = [
+        x + c["booster_lam"] * (h - h_step) for x, h, h_step in zip(grad_a, grad_h, grad_h_step)
+    ]
+    return grads, {"loss": a}
 
 
-RULES = {"sft": sft_rule, "vaccine": vaccine_rule, "repnoise": repnoise_rule,
-         "booster": booster_rule}
+RULES = {
+    "sft": sft_rule,
+    "vaccine": vaccine_rule,
+    "repnoise": repnoise_rule,
+    "booster": booster_rule,
+}
 
 # ---------------------------------------------------------------------------------------------
 # Training
 
 
-def train(model, w, rule, batches, steps, lr, c, label, at_step=None):
+def train(model, w, rule, batches, steps, lr, c, label):
     """Apply `rule` for `steps` AdamW steps, in place. Constant learning rate, no dropout.
 
     Args:
         w: {name: parameter}. rule: one of RULES. batches: pairs of batches, user's or provider's
             alignment and provider's harmful (None where the rule reads none).
-        at_step: called with (step, losses) after each step, for logs and snapshots.
+    Yields:
+        (step, losses) after each step, so that the caller can log and take snapshots.
     Raises:
         UserError: the gradient is not finite.
     """
@@ -275,22 +313,25 @@ def train(model, w, rule, batches, steps, lr, c, label, at_step=None):
     for step, (batch, harmful) in enumerate(bar, 1):
         grads, losses = rule(model, params, batch, harmful, c)
         if not torch.isfinite(global_norm(grads)):
-            raise UserError(f"{label}: the gradient of step {step} is not finite ({losses}); "
-                            f"try a smaller learning rate than {lr}")
+            raise UserError(
+                f"{label}: the gradient of step {step} is not finite ({losses}); try a smaller "
+                f"learning rate than {lr}"
+            )
         for p, grad in zip(params, grads):
             p.grad = grad
         optimizer.step()
         bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
-        if at_step:
-            at_step(step, losses)
+        yield step, losses
 
 
 @torch.no_grad()
 def mean_loss(model, examples, pad_id, device, size):
     """Mean answer loss over examples, in batches of `size`."""
-    parts = [examples[i:i + size] for i in range(0, len(examples), size)]
-    return sum(answer_loss(model, collate(part, pad_id, device)).item() * len(part)
-               for part in parts) / len(examples)
+    total = 0.0
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        total += answer_loss(model, collate(part, pad_id, device)).item() * len(part)
+    return total / len(examples)
 
 
 def copy_of(w):
@@ -305,43 +346,167 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def align_and_attack(model, w, initial, defense, examples, c, pad_id):
-    """Align with `defense`, then fine-tune on the user's data.
+def steps_of(examples, batch_size, epochs):
+    """Number of steps in `epochs` over a list of examples."""
+    return epochs * math.ceil(len(examples) / batch_size)
+
+
+def align(model, w, defense, examples, pad_id, c):
+    """The provider teaches the model to refuse, by the rule of `defense`, from the weights w.
+
+    Args:
+        examples: {set: [(ids, labels)]}.
+    Returns:
+        log, a list of {"stage", "step", "loss"}; w holds the aligned weights.
+    """
+    torch.manual_seed(c["seed"])  # RepNoise draws noise: the same, whatever ran before
+    size, epochs = c["align_batch_size"], c["align_epochs"]
+    alignment = draw_batches(examples["alignment"], size, c["seed"], epochs)
+    pairs = ((collate(rows, pad_id, model.device), None) for rows in alignment)
+    if defense in ("repnoise", "booster"):  # these read the harmful set as well
+        harmful = draw_batches(examples["harmful"], c["align_harmful_batch_size"], c["seed"])
+        pairs = (
+            (batch, collate(rows, pad_id, model.device)) for (batch, _), rows in zip(pairs, harmful)
+        )
+    steps, log = steps_of(examples["alignment"], size, epochs), []
+    for step, losses in train(
+        model, w, RULES[defense], pairs, steps, c["align_lr"], c, f"align {defense}"
+    ):
+        log.append({"stage": "align", "step": step, **losses})
+    return log
+
+
+def attack(model, w, defense, examples, pad_id, c):
+    """The user's data, harmful samples among them, are fine-tuned on: w goes on from where it is.
 
     Returns:
-        (aligned w, {step: w during fine-tuning}, log of {"stage", "step", "loss", "h"}, where h,
-        the held-out harmful loss, stands at snapshots and at both ends only).
+        ({step: w on the way}, log of {"stage", "step", "loss", "h"}); h, the harmful loss on
+        held-out prompts, stands at snapshots and at both ends only.
     """
-    def batches(name, size, epochs=None):
-        return (cut(rows, pad_id, model.device, c["micro_batch_size"])
-                for rows in draw_batches(examples[name], size, c["seed"], epochs))
-    log, snapshots = [], {}
-    put(w, initial)
-    torch.manual_seed(c["seed"])
-    size, epochs = c["align_batch_size"], c["align_epochs"]
-    steps = epochs * math.ceil(len(examples["alignment"]) / size)
-    harmful = (batches("harmful", c["align_harmful_batch_size"])
-               if defense in ("repnoise", "booster") else itertools.repeat(None))
-    train(model, w, RULES[defense], zip(batches("alignment", size, epochs), harmful), steps,
-          c["align_lr"], c, f"align {defense}",
-          lambda step, losses: log.append({"stage": "align", "step": step, **losses}))
-    aligned = copy_of(w)
     size, epochs = c["batch_size"], c["epochs"]
-    steps = epochs * math.ceil(len(examples["finetune"]) / size)
-    keep = {max(1, round(steps / 4 ** k)) for k in range(c["snapshots"])}  # 3: 1/16, 1/4 and all
+    steps = steps_of(examples["finetune"], size, epochs)
+    keep = {max(1, round(steps / 4**k)) for k in range(c["snapshots"])}  # 3: 1/16, 1/4 and all
 
-    def record(step, losses):
-        entry = {"stage": "finetune", "step": step, **losses}
-        if step in (0, steps) or step in keep:
-            entry["h"] = mean_loss(model, examples["test_harmful"], pad_id, model.device,
-                                   c["micro_batch_size"] or size)
+    def held_out():
+        return mean_loss(model, examples["test_harmful"], pad_id, model.device, size)
+
+    finetune = draw_batches(examples["finetune"], size, c["seed"], epochs)
+    pairs = ((collate(rows, pad_id, model.device), None) for rows in finetune)
+    log, snapshots = [{"stage": "finetune", "step": 0, "h": held_out()}], {}
+    for step, losses in train(model, w, sft_rule, pairs, steps, c["lr"], c, f"attack {defense}"):
+        log.append({"stage": "finetune", "step": step, **losses})
+        if step == steps or step in keep:
+            log[-1]["h"] = held_out()
         if step in keep and step != steps:
             snapshots[str(step)] = copy_of(w)
-        log.append(entry)
-    record(0, {})
-    train(model, w, sft_rule, zip(batches("finetune", size, epochs), itertools.repeat(None)),
-          steps, c["lr"], c, f"attack {defense}", record)
-    return aligned, snapshots, log
+    return snapshots, log
+
+
+def adapt(model, tokenizer, data, c):
+    """Wrap the model's layers in LoRALinear and encode what is trained on: (w, {set: examples})."""
+    torch.manual_seed(c["seed"])
+    w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    if c["gradient_checkpointing"]:
+        checkpoint_layers(model)
+    examples = {
+        name: encode(tokenizer, data[name], c["max_length"], c["template"])
+        for name in ("alignment", "harmful", "finetune", "test_harmful")
+    }
+    return w, examples
+
+
+def align_and_attack(model, w, defense, examples, pad_id, c):
+    """Both, one after the other, on one adapter; what 02_finetune.pt holds of a defence."""
+    log = align(model, w, defense, examples, pad_id, c)
+    aligned = copy_of(w)
+    snapshots, attack_log = attack(model, w, defense, examples, pad_id, c)
+    return {
+        "aligned": aligned,
+        "finetuned": copy_of(w),
+        "snapshots": snapshots,
+        "log": log + attack_log,
+    }
+
+
+def one_defense(folder, defense, c):
+    """`align_and_attack` in a process of its own: loads what it needs, and returns the result."""
+    run = Run(folder)
+    data = run.load("01_data.pt")
+    model, tokenizer = load_model(run, data, pick_device("cpu", c["preset"]))
+    w, examples = adapt(model, tokenizer, data, c)
+    return align_and_attack(model, w, defense, examples, tokenizer.pad_token_id, c)
+
+
+# ---------------------------------------------------------------------------------------------
+# Will it work? Tried on two rows, before hours are spent
+
+
+def try_model(model, tokenizer, w, examples, data, c):
+    """Refuse a model that cannot be trained or answered with, and say what gets no adapter.
+
+    Raises:
+        UserError: its context is too short, a rule fails on it, an adapter is never used (the
+            layer's weights are read directly), or an answer changes with its batch.
+    """
+    name, pad_id = type(model).__name__, tokenizer.pad_token_id
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and context < c["max_length"]:
+        raise UserError(
+            f"{c['model']} has a context of {context} tokens, shorter than --max-length "
+            f"{c['max_length']}; run: python 01_data.py with --max-length {context}"
+        )
+    batch, harmful = (
+        collate(examples[key][:2], pad_id, model.device) for key in ("alignment", "harmful")
+    )
+    for defense in c["defense"]:
+        try:
+            RULES[defense](model, list(w.values()), batch, harmful, c)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each architecture fails in its own way
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{name} cannot be trained here with {defense} (tried on two rows: "
+                f"{type(error).__name__}: {reason}); give other --targets or another model"
+            ) from None
+    prompts = sorted((row["prompt"] for row in data["test_task"]), key=len)
+    prompts = [prompts[0], prompts[-1]]  # of different length, so that one of them is padded
+    try:
+        together, _ = generate(model, tokenizer, prompts, c["template"], 3, 2)
+        alone = [generate(model, tokenizer, [p], c["template"], 3, 1)[0][0] for p in prompts]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{name} cannot answer a batch of prompts ({type(error).__name__}: {reason}); give "
+            "another model"
+        ) from None
+    if together != alone and model.dtype == torch.float32:  # bfloat16 rounds by the batch
+        raise UserError(
+            f"{name} answers a prompt differently beside another one, since its layers see the "
+            "padding; give another model"
+        )
+    if c["targets"] == ["all"]:
+        say_what_is_left(model)
+
+
+def say_what_is_left(model):
+    """A line if some matrices of the decoder's layers get no adapter, as experts do not."""
+    held = {id(m.base.weight) for m in model.modules() if isinstance(m, LoRALinear)}
+    left, size, total = set(), 0, 0
+    for name, module in model.get_decoder().named_modules():
+        for x in module.parameters(recurse=False):
+            if x.dim() > 1 and re.search(r"\.\d+\.", f".{name}.") and not x.requires_grad:
+                total += x.numel()
+                if id(x) not in held:
+                    left.add(f"{name.rpartition('.')[2]} ({type(module).__name__})")
+                    size += x.numel()
+    if left:
+        print(
+            f"  note: --targets all reaches linear layers only; {100 * size / total:.0f} % of the "
+            f"layers' weights get no adapter: {', '.join(sorted(left))}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,14 +519,20 @@ def toy_tokenizer(vocab):
     Decoding puts one space between words and none before a mark, as the toy's sentences have it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(TOY_TOKEN), "removed", invert=True)
     words.decoder = decoders.WordPiece(cleanup=True)
     words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))])
+        single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>")
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 def toy_model(name, vocab_size):
@@ -373,14 +544,24 @@ def toy_model(name, vocab_size):
     """
     arch = {"toy-llama": "Llama", "toy-gemma2": "Gemma2", "toy-qwen2": "Qwen2"}[name]
     config = getattr(transformers, arch + "Config")(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-        initializer_range=0.08)
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+    )
     model = getattr(transformers, arch + "ForCausalLM")(config)
     if arch != "Gemma2":
         with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(config.hidden_size ** 0.5)
+            model.get_input_embeddings().weight.mul_(config.hidden_size**0.5)
     return model
 
 
@@ -393,9 +574,10 @@ def pretrain(run, data, config, device):
     folder = run.folder / "02_base"
     with suppress(Exception):  # a damaged one raises a dozen kinds
         if (folder / "model.safetensors").is_file() and (
-                transformers.AutoModelForCausalLM.from_pretrained(folder).config.made_from
-                == made_from):
-            return print(f"{folder} fits this data and these settings: not pre-training again")
+            transformers.AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from
+        ):
+            print(f"{folder} fits this data and these settings: not pre-training again")
+            return
     torch.manual_seed(config["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
     model = toy_model(config["model"], len(data["vocab"])).to(device).train()
@@ -424,17 +606,7 @@ def pretrain(run, data, config, device):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return stage_parser(__doc__, DEFAULTS)[0].parse_args(argv)
-
-
-def check(config):
-    """Refuse what cannot work, before anything is made."""
-    whole = {"vaccine", "repnoise"} & set(config["defense"])
-    if whole and config["micro_batch_size"]:
-        raise UserError(f"the whole batch in one pass is what {' and '.join(sorted(whole))} must "
-                        "have; leave out --micro-batch-size, or use --defense sft booster")
-    if config["model"] in TOY_MODELS:
-        add_lora(toy_model(config["model"], 8), config["targets"], 1, 1)
+    return stage_parser(__doc__, FLAGS)[0].parse_args(argv)
 
 
 def main(argv=None):
@@ -442,29 +614,30 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     data = run.load("01_data.pt")
-    config = {**data["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
-    check(config)
-    device = pick_device(args.device)
-    if config["model"] in TOY_MODELS:
-        pretrain(run, data, config, device)
+    c = {**data["config"], **resolve(args, FLAGS, data["config"]["preset"])}
+    device = pick_device(args.device, c["preset"])
+    if c["model"] in TOY_MODELS:
+        add_lora(toy_model(c["model"], 8), c["targets"], 1, 1)  # a wrong target shows at once
+        pretrain(run, data, c, device)
     model, tokenizer = load_model(run, data, device)
-    torch.manual_seed(config["seed"])
-    w = add_lora(model, config["targets"], config["r"], config["alpha"])
-    if config["gradient_checkpointing"]:
-        checkpoint_layers(model)
+    w, examples = adapt(model, tokenizer, data, c)
     describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
-    initial = copy_of(w)
-    examples = {name: encode(tokenizer, data[name], config["max_length"])
-                for name in ("alignment", "harmful", "finetune", "test_harmful")}
-    result = {"aligned": {}, "finetuned": {}, "snapshots": {}, "log": {}}
-    for defense in config["defense"]:
-        aligned, kept, log = align_and_attack(model, w, initial, defense, examples, config,
-                                              tokenizer.pad_token_id)
-        for name, value in zip(result, (aligned, copy_of(w), kept, log)):
-            result[name][defense] = value
-    artifact = run.save("02_finetune.pt", config, **result)
-    print(f"{args.run / '02_finetune.pt'} written; next: python 03_random_perturb.py "
-          f"--run {args.run}")
+    try_model(model, tokenizer, w, examples, data, c)
+    if c["preset"] == "toy" and device.type == "cpu":
+        jobs = [(str(run.folder), defense, c) for defense in c["defense"]]
+        results = in_processes(one_defense, jobs)
+    else:
+        initial, results = copy_of(w), []
+        for defense in c["defense"]:
+            put(w, initial)
+            pad_id = tokenizer.pad_token_id
+            results.append(align_and_attack(model, w, defense, examples, pad_id, c))
+    payload = {
+        kind: {defense: result[kind] for defense, result in zip(c["defense"], results)}
+        for kind in ("aligned", "finetuned", "snapshots", "log")
+    }
+    artifact = run.save("02_finetune.pt", c, **payload)
+    say_next(run.folder / "02_finetune.pt", "03_random_perturb.py", run.folder)
     return artifact
 
 

@@ -25,17 +25,32 @@ Run:    python 03_random_perturb.py                          under 10 seconds fo
 
 import torch
 
-from common import (POSITIVE, Run, UserError, attach, describe, encode, load_model,
-                    number, pick_device, progress, resolve, run_stage, stage_parser)
+from common import (
+    Flag,
+    Run,
+    UserError,
+    attach,
+    describe,
+    encode,
+    load_model,
+    pick_device,
+    progress,
+    resolve,
+    run_stage,
+    say_next,
+    stage_parser,
+)
 
-DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "std": ([0.04, 0.06, 0.07, 0.08, 0.1], [0.06, 0.08, 0.1], [0.001, 0.01, 0.05, 0.1], POSITIVE,
-            "standard deviations of the noise; 0: none"),
-    "t": ([0.25, 0.5, 0.75], [0.3, 0.5, 0.7], [0.25, 0.5, 0.75], number(float, 0, 1),
-          "shares of the way back to the aligned adapter"),
-    "share": ([0.01, 0.05], [0.01], [0.01, 0.05, 0.1], number(float, 0, 1),
-              "shares of the adapter's weights that Antidote prunes"),
-}
+# fmt: off
+FLAGS = [  # name, default of toy, laptop, paper, meaning
+    Flag("std", [0.04, 0.06, 0.07, 0.08, 0.1], [0.06, 0.08, 0.1], [0.001, 0.01, 0.05, 0.1],
+         "standard deviations of the noise; 0: none", low=0),
+    Flag("t", [0.25, 0.5, 0.75], [0.3, 0.5, 0.7], [0.25, 0.5, 0.75],
+         "parts of the way back to the aligned adapter; 0: none", low=0, high=1),
+    Flag("share", [0.01, 0.05], [0.01], [0.01, 0.05, 0.1],
+         "shares of the adapter's weights that Antidote prunes; 0: none", low=0, high=1),
+]
+# fmt: on
 
 
 def gaussian_like(w, seed):
@@ -75,22 +90,25 @@ def antidote(w, norms, share):
 
 
 @torch.no_grad()
-def input_norms(model, w, scale, examples):
+def input_norms(model, w, alpha_over_r, examples):
     """{name: (columns,)}: L2 norms of what enters each A (x) and each B (A x), over all tokens."""
     squares = dict.fromkeys(w, 0.0)
 
     def recorder(a, b, A):
         def record(_, inputs):
-            x = inputs[0].float().flatten(0, -2)                       # (tokens, in)
+            x = inputs[0].float().flatten(0, -2)  # (tokens, in)
             squares[a] += x.pow(2).sum(0)
-            squares[b] += (x @ A.T).pow(2).sum(0)                      # (r,)
+            squares[b] += (x @ A.T).pow(2).sum(0)  # (r,)
+
         return record
-    modules = [name.removesuffix(".lora_A") for name in w if name.endswith(".lora_A")]
-    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(
-        f"{name}.lora_A", f"{name}.lora_B", w[f"{name}.lora_A"].to(model.device)))
-        for name in modules]
+
+    handles = []
+    for name in [n.removesuffix(".lora_A") for n in w if n.endswith(".lora_A")]:
+        a, b = f"{name}.lora_A", f"{name}.lora_B"
+        hook = recorder(a, b, w[a].to(model.device))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     try:
-        with attach(model, w, scale):
+        with attach(model, w, alpha_over_r):
             for ids, _ in progress(examples, len(examples), "antidote"):
                 model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
     finally:
@@ -105,7 +123,7 @@ def input_norms(model, w, scale, examples):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return stage_parser(__doc__, DEFAULTS)[0].parse_args(argv)
+    return stage_parser(__doc__, FLAGS)[0].parse_args(argv)
 
 
 def main(argv=None):
@@ -114,31 +132,37 @@ def main(argv=None):
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
     if "sft" not in stage2["finetuned"]:
-        raise UserError("02_finetune.pt has no model aligned with sft; run: python 02_finetune.py "
-                        f"--run {args.run} --defense sft")
-    c = {**stage2["config"], **resolve(args, DEFAULTS, data["config"]["preset"])}
+        raise UserError(
+            "02_finetune.pt has no model aligned with sft; run: "
+            f"{run.command('02_finetune')} --defense sft"
+        )
+    c = {**stage2["config"], **resolve(args, FLAGS, data["config"]["preset"])}
+    device = pick_device(args.device, c["preset"])
     w, aligned = stage2["finetuned"]["sft"], stage2["aligned"]["sft"]
     z = gaussian_like(w, c["seed"])
     size = sum(x.numel() for x in w.values())
     repairs = []
 
     def add(model, setting, weights):
+        """A row of stage 5's table: its name, what varies within the name, the repaired w."""
         repairs.append({"model": model, "setting": setting, "weights": weights})
+
     for std in filter(None, c["std"]):
-        print(f"  std {std:<6g} on {size:,} weights: L2 norm {std * size ** 0.5:.3g}")
+        print(f"  std {std:<6g} on {size:,} weights: L2 norm {std * size**0.5:.3g}")
         add("random", {"std": std}, noise(w, z, std))
     for t in filter(None, c["t"]):
         add("interpolated", {"t": t}, interpolated(w, aligned, t))
     if any(c["share"]):
-        model, tokenizer = load_model(run, data, pick_device(args.device))
+        model, tokenizer = load_model(run, data, device)
         describe(model, f"; reading {len(data['harmful'])} harmful samples for Antidote")
-        norms = input_norms(model, w, c["alpha"] / c["r"],
-                            encode(tokenizer, data["harmful"], c["max_length"]))
+        examples = encode(tokenizer, data["harmful"], c["max_length"], c["template"])
+        norms = input_norms(model, w, c["alpha"] / c["r"], examples)
         for share in filter(None, c["share"]):
             add("antidote", {"share": share}, antidote(w, norms, share))
+    # `matched` must have the size of Panacea's eps, which stage 4 makes: stage 5 puts the two
+    # together, w + rho * matched
     artifact = run.save("03_random_perturb.pt", c, repairs=repairs, matched=unit(z))
-    print(f"{args.run / '03_random_perturb.pt'} written; next: python 04_panacea.py "
-          f"--run {args.run}")
+    say_next(run.folder / "03_random_perturb.pt", "04_panacea.py", run.folder)
     return artifact
 
 

@@ -1,8 +1,10 @@
-"""Stage 4 - Panacea: optimise the perturbation instead of drawing it.
+"""Stage 4 - Panacea: the harmful loss should be easy to raise, and at the end it is raised.
 
 Random noise recovers safety because some of it points away from harm; most of it does not, and
 costs accuracy. Panacea asks for the perturbation of a given size that raises the harmful loss
-most, and while fine-tuning keeps w where such a perturbation works. At the end it is added.
+most, and while fine-tuning keeps w where such a perturbation works. At the end it is added: one
+step *up* the loss on harmful answers, which makes them unlikely, and (if the attack has left
+refusals underneath) brings refusals back.
 
 With g the loss on the user's batch, h the loss on the provider's harmful batch, w the adapter:
 
@@ -12,15 +14,14 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
     Output  w_T + eps, eps being the last one computed                  (Algorithm 1)
 
 Eq. 2 solves the inner max to first order; Eq. 3 climbs the outer one through AdamW, eps held. With
-lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`. Two more repairs
-stand below, each from the attacked weights: `realign`, AdamW down the alignment loss a (and g),
-and ours, the *anchored* eps, which may climb h while it descends a and g, inside a ball.
+lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`.
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and
 subtracting eps is not exact in bfloat16; h(w + eps) is not clamped at 5, above which that update
 learns harm; gradients are not clipped; w and eps are saved apart.
 
-Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/04_panacea.pt
+Reads:  RUN/01_data.pt, RUN/02_finetune.pt
+Writes: RUN/04_panacea.pt, RUN/04_peft (w + eps as an adapter for peft; in it without_eps)
 Run:    python 04_panacea.py                  under a minute for the toy
 """
 
@@ -37,23 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (COUNT, POSITIVE, SIZE, TOY_MODELS, Run, UserError, attach, checkpoint_layers,
-                    cut, describe, draw_batches, encode, load_model, over_parts, pick_device,
-                    progress, resolve, run_stage, stage_parser, write_whole)
+import common  # the parts that are no lesson: flags, files, loading, batches
+from common import Flag, Run, UserError
 
-DEFAULTS = {  # flag: toy, laptop, paper, type, meaning
-    "rho": (1.0, 4.0, 1.0, POSITIVE, "rho, L2 norm of eps over the whole adapter"),
-    "lam": (0.015, 0.001, 0.001, POSITIVE, "lam, weight of h(w + eps) - h(w) in Eq. 1"),
-    "harmful_batch_size": (32, 10, 10, SIZE, "samples in the batch of h"),
-    "anchor": (3.0, 3.0, 3.0, POSITIVE, "anchored eps: weight of a; 0 leaves the anchored eps out"),
-    "anchored": (["a:.2:10", "hag:.2:5"], ["a:.2:10", "hag:.2:10"], ["hag:.2:10"], str,
-                 "TERMS:RADIUS:STEPS (a, ha or hag of h - anchor a - g; unit ||w - w_aligned||)"),
-    "realign": (["a:3e-4:20", "ag:6e-4:10"], ["a:1e-3:10", "ag:1e-3:10"], ["ag:5e-4:20"], str,
-                "TERMS:LR:STEPS of AdamW (a, or ag for a + g); or none"),
-}
-
-# ---------------------------------------------------------------------------------------------
-# Panacea
+# fmt: off
 
 
 def perturbation(grad_h, rho):
@@ -87,6 +75,9 @@ def panacea_rule(loss, w, batch, harmful, rho, lam):
     return update, eps, {"g": g, "h": h, "h_eps": h_eps}
 
 
+# fmt: on
+
+
 @contextmanager
 def perturbed(w, eps):
     """Inside: w + eps. Afterwards: w again, bit for bit, whatever happened inside."""
@@ -108,21 +99,19 @@ def answer_loss(model, batch):
     Logits (B, K, V) are made at K positions only: from the first to the last that predict an
     answer token of any row.
     """
-    labels = batch["labels"][:, 1:]                                    # (B, T-1): the next token
+    labels = batch["labels"][:, 1:]  # (B, T-1): the next token
     answer = (labels != -100).any(0).nonzero()
     keep = slice(int(answer.min()), int(answer.max()) + 1)
     logits = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, keep].flatten(),
-                           ignore_index=-100)
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), labels[:, keep].flatten(), ignore_index=-100
+    )
 
 
 def gradient(loss, w, batch):
     """(d loss(batch) / d w, loss(batch)): new tensors in the order of `w`, and a number."""
-    def part(rows):
-        value = loss(rows)
-        return *torch.autograd.grad(value, w), value.detach()
-    *grads, value = over_parts(part, batch)  # once, or over micro-batches
-    return grads, value.item()
+    value = loss(batch)
+    return list(torch.autograd.grad(value, w)), value.item()
 
 
 def global_norm(tensors):
@@ -131,13 +120,95 @@ def global_norm(tensors):
 
 
 # ---------------------------------------------------------------------------------------------
-# Other repairs that optimise: each from the weights w (in place) to new ones or to an eps
+# The loop, and the numbers: the default of each preset
+
+# fmt: off
+FLAGS = [  # name, default of toy, laptop, paper, meaning
+    Flag("rho", 1.0, 4.0, 1.0, "L2 norm of eps over the whole adapter", low=0),
+    Flag("lam", 0.015, 0.001, 0.001, "weight of h(w + eps) - h(w) in Eq. 1", low=0),
+    Flag("harmful_batch_size", 32, 10, 10, "samples in the batch of h", low=1),
+    Flag("anchored_terms", ["h-a-g"], ["h-a-g"], ["h-a-g"], "what the anchored eps climbs, a "
+         "weighted by --anchor", choices=("a", "h-a", "h-a-g")),
+    Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
+    Flag("radius", [0.2], [0.2], [0.2], "anchored eps: largest ||eps|| over ||w - w_aligned||; "
+         "0: none", low=0),
+    Flag("anchored_steps", [5], [10], [10], "anchored eps: projected steps", low=1),
+    Flag("realign_terms", ["a+g"], ["a+g"], ["a+g"], "what realign descends", choices=("a", "a+g")),
+    Flag("realign_lr", [6e-4], [1e-3], [5e-4], "realign: learning rate; 0: none", low=0),
+    Flag("realign_steps", [10], [10], [20], "realign: AdamW steps", low=1),
+]
+# fmt: on
 
 
-def weighted_gradient(loss, w, batches, weights):
-    """sum_i weights[i] * grad loss(batches[i]); new tensors shaped like w."""
+def train(loss, w, batches, steps, c):
+    """Algorithm 1: AdamW on panacea_rule, in place on w = {name: parameter}.
+
+    Args:
+        batches: pairs of batches, the user's and the provider's harmful.
+    Returns:
+        (eps, log): the last perturbation, and a dict of the paper's quantities per step.
+    """
+    params, log, eps = list(w.values()), [], None
+    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"], fused=True)
+    bar = common.progress(batches, steps, "panacea")
+    for step, (batch, harmful) in enumerate(bar, 1):
+        optimizer.zero_grad()
+        grads = eps = None  # the last step's, freed before this one's passes
+        grads, eps, losses = panacea_rule(loss, params, batch, harmful, c["rho"], c["lam"])
+        if not torch.isfinite(global_norm(grads)):
+            raise UserError(
+                f"panacea: the gradient of step {step} is not finite ({losses}); try a smaller "
+                "--rho or --lam"
+            )
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        optimizer.step()
+        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
+        entry = {"step": step, **losses, "eps_norm": global_norm(eps).item()}
+        log.append({**entry, "layers": layer_norms(w, eps)})
+    return eps, log
+
+
+def layer_norms(w, eps):
+    """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
+    squares = {}
+    for name, e in zip(w, eps):
+        layer = int(re.search(r"\.(\d+)\.", name)[1])
+        squares[layer] = squares.get(layer, 0.0) + e.pow(2).sum().item()
+    return [math.sqrt(squares[layer]) for layer in sorted(squares)]
+
+
+def copy_of(w):
+    """{name: tensor} on the CPU, float32, detached."""
+    return {name: p.detach().cpu().clone() for name, p in w.items()}
+
+
+def put(w, weights):
+    """Copy {name: tensor} into the parameters w."""
+    with torch.no_grad():
+        for name, p in w.items():
+            p.copy_(weights[name])
+
+
+def plus(w, eps):
+    """w + eps, for dicts of tensors."""
+    return {name: w[name] + eps[name] for name in w}
+
+
+def distance(w, other):
+    """L2 norm of w - other over all tensors; dicts."""
+    return global_norm([w[name] - other[name] for name in w]).item()
+
+
+# ---------------------------------------------------------------------------------------------
+# Other repairs that optimise: each starts from the attacked weights. What they need beside
+# harmful answers: refusals, for the loss a on the alignment set
+
+
+def weighted_gradient(loss, w, batches, factors):
+    """sum_i factors[i] * grad loss(batches[i]); new tensors shaped like w."""
     grads = [gradient(loss, w, batch)[0] for batch in batches]
-    return [sum(c * x for c, x in zip(weights, parts)) for parts in zip(*grads)]
+    return [sum(k * x for k, x in zip(factors, parts)) for parts in zip(*grads)]
 
 
 def realign(loss, w, draws, steps, lr, weight_decay):
@@ -149,26 +220,79 @@ def realign(loss, w, draws, steps, lr, weight_decay):
         optimizer.step()
 
 
-def anchored_perturbation(loss, w, draws, weights, rho, steps):
-    """An eps with ||eps|| <= rho that climbs a weighted sum of losses, by projected steps.
+def anchored_perturbation(loss, w, draws, factors, radius, steps):
+    """An eps with ||eps|| <= radius that climbs a weighted sum of losses, by projected steps.
 
     Steps shrink linearly and add up to 2.5 radii: far enough to cross the ball, short enough at
     the end to settle.
 
     Args:
-        draws: iterator of tuples of batches. weights: one for each, as in h - anchor * a - g.
+        draws: iterator of tuples of batches. factors: one for each, as in h - anchor * a - g.
     Returns:
         eps, a list of new tensors shaped like w.
     """
     eps = [torch.zeros_like(x) for x in w]
     for k, batches in enumerate(itertools.islice(draws, steps)):
         with perturbed(w, eps):
-            climb = weighted_gradient(loss, w, batches, weights)
-        length = 5 * rho * (steps - k) / (steps * (steps + 1))
+            climb = weighted_gradient(loss, w, batches, factors)
+        length = 5 * radius * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
-        shrink = min(1.0, rho / max(global_norm(eps).item(), 1e-12))  # back onto the ball
+        shrink = min(1.0, radius / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
     return eps
+
+
+def one_shot_eps(loss, w, attacked, harmful, rho):
+    """Eq. 2 once, at the attacked weights: Panacea with lam = 0. {name: tensor}."""
+    put(w, attacked)
+    grad_h, _ = gradient(loss, list(w.values()), harmful)
+    return copy_of(dict(zip(w, perturbation(grad_h, rho))))
+
+
+def other_repairs(loss, w, aligned, attacked, batches, c):
+    """[{"model", "setting", "weights"}]: the anchored eps and realign, for every setting asked.
+
+    A repair of your own goes here: make its weights, and `add` them under a name.
+
+    Args:
+        batches: (set name, batch size) -> endless iterator of batches, the same at every call.
+    """
+    params, size, half, repairs = list(w.values()), c["batch_size"], c["batch_size"] // 2, []
+
+    def add(model, setting, weights):
+        """A row of stage 5's table: its name, what varies within the name, the repaired w."""
+        repairs.append({"model": model, "setting": setting, "weights": weights})
+
+    way_back = max(distance(attacked, aligned), 1e-12)
+    print(
+        f"  ||w - w_aligned|| is {way_back:.3g}: rho {c['rho']:g} is {c['rho'] / way_back:.2f} of "
+        "it (an eps much shorter cannot reach back to refusals, a much longer one tears the task)"
+    )
+    # anchored: climb h, descend a and g, inside a ball whose radius is a part of the way back
+    sets = {
+        "h": ("harmful", max(1, half), 1.0),
+        "a": ("alignment", size, -c["anchor"]),
+        "g": ("finetune", max(1, half), -1.0),
+    }
+    for terms, radius, steps in itertools.product(
+        c["anchored_terms"], filter(None, c["radius"]), c["anchored_steps"]
+    ):
+        put(w, attacked)
+        named = [sets[letter] for letter in terms.split("-")]
+        draws = zip(*(batches(name, rows) for name, rows, _ in named))
+        factors = [factor for _, _, factor in named]
+        eps = anchored_perturbation(loss, params, draws, factors, radius * way_back, steps)
+        setting = {"terms": terms, "radius": radius, "anchor": c["anchor"], "steps": steps}
+        add("panacea_anchored", setting, plus(attacked, copy_of(dict(zip(w, eps)))))
+    # realign: what anybody would try first, a few plain steps on refusals (and the task)
+    for terms, lr, steps in itertools.product(
+        c["realign_terms"], filter(None, c["realign_lr"]), c["realign_steps"]
+    ):
+        put(w, attacked)
+        draws = zip(*(batches(sets[letter][0], size) for letter in terms.split("+")))
+        realign(loss, params, draws, steps, lr, c["weight_decay"])
+        add("realign", {"terms": terms, "lr": lr, "steps": steps}, copy_of(w))
+    return repairs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,20 +324,25 @@ def add_lora(model, targets, r, alpha):
     """Freeze `model`, wrap its target linear layers in LoRALinear, return w = {name: parameter}.
 
     Args:
-        targets: last parts of module names ("q_proj"), or ["all"] for every linear layer but the
-            output head.
+        targets: last parts of module names ("q_proj"), or ["all"] for every linear layer within
+            the decoder's layers.
     Raises:
         UserError: a target matches no linear layer; the message lists those there are.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and m is not head}
-    last = {name.rpartition(".")[2] for name in linear}
-    missing = set(targets) - last - {"all"}
-    if missing:
-        raise UserError(f"--targets {' '.join(sorted(missing))} match no linear layer; "
-                        f"this model has: {' '.join(sorted(last))}")
+    linear = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name):  # not the output head
+            linear[name] = module
+    there = {name.rpartition(".")[2] for name in linear}
+    unknown = [x for x in targets if x not in there and not (x == "all" and there)]
+    if unknown:
+        others = {type(m).__name__ for _, m in model.named_modules() if hasattr(m, "weight")}
+        found = f"linear layers: {' '.join(sorted(there)) or 'none'}"
+        raise UserError(
+            f"--targets {' '.join(unknown)} match no linear layer; this {type(model).__name__} has "
+            f"{found} (layers with weights: {' '.join(sorted(others))})"
+        )
     w = {}
     for name, module in linear.items():
         if "all" in targets or name.rpartition(".")[2] in targets:
@@ -225,188 +354,46 @@ def add_lora(model, targets, r, alpha):
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# For others: an adapter that peft can load
 
 
-def layer_norms(w, eps):
-    """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
-    squares = {}
-    for name, e in zip(w, eps):
-        layer = int(re.search(r"\.(\d+)\.", name)[1])
-        squares[layer] = squares.get(layer, 0.0) + e.pow(2).sum().item()
-    return [math.sqrt(squares[layer]) for layer in sorted(squares)]
-
-
-def train(loss, w, batches, steps, c):
-    """Algorithm 1: AdamW on panacea_rule, in place on w = {name: parameter}.
-
-    Args:
-        batches: pairs of batches, the user's and the provider's harmful.
-    Returns:
-        (eps, log): the last perturbation, and a dict of the paper's quantities per step.
-    """
-    params, log, eps = list(w.values()), [], None
-    optimizer = torch.optim.AdamW(params, lr=c["lr"], weight_decay=c["weight_decay"], fused=True)
-    bar = progress(batches, steps, "panacea")
-    for step, (batch, harmful) in enumerate(bar, 1):
-        optimizer.zero_grad()
-        grads = eps = None  # the last step's, freed before this one's passes
-        grads, eps, losses = panacea_rule(loss, params, batch, harmful, c["rho"], c["lam"])
-        if not torch.isfinite(global_norm(grads)):
-            raise UserError(f"panacea: the gradient of step {step} is not finite ({losses}); "
-                            "try a smaller --rho or --lam")
-        for p, grad in zip(params, grads):
-            p.grad = grad
-        optimizer.step()
-        bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in losses.items()), refresh=False)
-        log.append({"step": step, **losses, "eps_norm": global_norm(eps).item(),
-                    "layers": layer_norms(w, eps)})
-    return eps, log
-
-
-def copy_of(w):
-    """{name: tensor} on the CPU, float32, detached."""
-    return {name: p.detach().cpu().clone() for name, p in w.items()}
-
-
-def put(w, weights):
-    """Copy {name: tensor} into the parameters w."""
-    with torch.no_grad():
-        for name, p in w.items():
-            p.copy_(weights[name])
-
-
-def plus(w, eps):
-    """w + eps, for dicts of tensors."""
-    return {name: w[name] + eps[name] for name in w}
-
-
-def distance(w, other):
-    """L2 norm of w - other over all tensors; dicts."""
-    return global_norm([w[name] - other[name] for name in w]).item()
-
-
-def settings(name, c):
-    """[(terms, radius or learning rate, steps)] of --anchored or --realign.
-
-    Raises:
-        UserError: one of its texts cannot be read.
-    """
-    allowed, found = {"anchored": ("a", "ha", "hag"), "realign": ("a", "ag")}[name], []
-    for text in (x for x in c[name] or [] if x != "none"):
-        try:
-            terms, value, steps = text.split(":")
-            found.append((allowed[allowed.index(terms)], POSITIVE(value), SIZE(steps)))
-        except (ValueError, argparse.ArgumentTypeError):
-            raise UserError(f"--{name} {text}: give TERMS:NUMBER:STEPS, with TERMS one of "
-                            f"{', '.join(allowed)}, or none") from None
-    return found
-
-
-def other_repairs(loss, w, aligned, attacked, batches, c):
-    """one_shot's eps, and [{"model", "setting", "weights"}] of anchored eps and realign.
-
-    Args:
-        batches: (set name, batch size) -> endless iterator of batches, the same at every call.
-    """
-    params, size, repairs = list(w.values()), c["batch_size"], []
-    put(w, attacked)
-    harmful = next(batches("harmful", c["harmful_batch_size"]))
-    one_shot = perturbation(gradient(loss, params, harmful)[0], c["rho"])
-    one_shot = copy_of(dict(zip(w, one_shot)))
-
-    def add(model, setting, weights):
-        repairs.append({"model": model, "setting": setting, "weights": weights})
-    sets = {"h": ("harmful", max(1, size // 2), 1.0), "a": ("alignment", size, -c["anchor"]),
-            "g": ("finetune", max(1, size // 2), -1.0)}
-    unit = max(distance(attacked, aligned), 1e-12)
-    print(f"  ||w - w_aligned|| is {unit:.3g}: rho {c['rho']:g} is {c['rho'] / unit:.2f} of it")
-    for terms, radius, steps in settings("anchored", c) if c["anchor"] else ():
-        put(w, attacked)
-        draws = zip(*(batches(*sets[letter][:2]) for letter in terms))
-        eps = anchored_perturbation(loss, params, draws, [sets[letter][2] for letter in terms],
-                                    radius * unit, steps)
-        add("panacea_anchored", {"terms": terms, "radius": radius, "anchor": c["anchor"],
-                                 "steps": steps}, plus(attacked, copy_of(dict(zip(w, eps)))))
-    for terms, lr, steps in settings("realign", c):
-        put(w, attacked)
-        draws = zip(*(batches(sets[letter][0], size) for letter in terms))
-        realign(loss, params, draws, steps, lr, c["weight_decay"])
-        add("realign", {"terms": terms, "lr": lr, "steps": steps}, copy_of(w))
-    return one_shot, repairs
-
-
-def algorithm(run, data, stage2, c, device):
-    """Algorithm 1 and the other repairs; returns what 04_panacea.pt holds."""
-    model, tokenizer = load_model(run, data, device)
-    w = add_lora(model, c["targets"], c["r"], c["alpha"])
-    if c["gradient_checkpointing"]:
-        checkpoint_layers(model)
-    steps = c["epochs"] * math.ceil(len(data["finetune"]) / c["batch_size"])
-    describe(model, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
-    examples = {name: encode(tokenizer, data[name], c["max_length"])
-                for name in ("alignment", "harmful", "finetune")}
-
-    def batches(name, size, seed, epochs=None):
-        return (cut(rows, tokenizer.pad_token_id, model.device, c["micro_batch_size"])
-                for rows in draw_batches(examples[name], size, seed, epochs))
-
-    torch.manual_seed(c["seed"])
-    loss = partial(answer_loss, model)
-    aligned, attacked = stage2["aligned"]["sft"], stage2["finetuned"]["sft"]
-    put(w, aligned)
-    eps, log = train(loss, w, zip(batches("finetune", c["batch_size"], c["seed"], c["epochs"]),
-                                  batches("harmful", c["harmful_batch_size"], c["seed"])),
-                     steps, c)
-    result = {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
-    one_shot, repairs = other_repairs(loss, w, aligned, attacked,
-                                      partial(batches, seed=c["seed"] + 1), c)
-    return {**result, "one_shot": one_shot, "repairs": repairs}
-
-
-# ---------------------------------------------------------------------------------------------
-# Export
-
-
-def export_peft(folder, base, weights, c):
+def write_peft(folder, base, weights, c):
     """Write an adapter as a folder that `peft.PeftModel.from_pretrained(base model, folder)` loads.
 
     Args:
         base: hub id or folder of the base model. weights: {"<module>.lora_A" | "...lora_B"}.
     """
     from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     modules = sorted({name.rpartition(".")[0] for name in weights})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-              "r": c["r"], "lora_alpha": c["alpha"], "lora_dropout": 0.0, "bias": "none",
-              "target_modules": modules, "inference_mode": True}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": c["r"],
+        "lora_alpha": c["alpha"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+        "inference_mode": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file({f"base_model.model.{name}.weight": x.contiguous() for name, x in weights.items()},
-              folder / "adapter_model.safetensors")
+    tensors = {f"base_model.model.{name}.weight": x.contiguous() for name, x in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def export(folder, run, data, artifact, merge):
-    """Write w + eps as a PEFT adapter in `folder`, and w alone in its subfolder without_eps.
-
-    With `merge` also whole weights in its subfolder merged, w + eps added to the base in float32
-    (bfloat16 would round most of eps away): 27 GB for a 7B model.
-    """
+def export(run, artifact):
+    """Write RUN/04_peft: w + eps as a PEFT adapter, and w alone in its subfolder without_eps."""
     c, w = artifact["config"], artifact["weights"]
-    base = run.folder / "02_base" if c["model"] in TOY_MODELS else Path(c["model"])
-    base = str(base.resolve()) if base.is_dir() else c["model"]
-    perturbed_w = plus(w, artifact["epsilon"])
+    source = Path(common.model_source(run.folder, c["model"]))
+    base = str(source.resolve()) if source.is_dir() else c["model"]
 
     def write(new):
-        export_peft(new, base, perturbed_w, c)
-        export_peft(new / "without_eps", base, w, c)
-        if merge:
-            model, tokenizer = load_model(run, data, torch.device("cpu"))
-            with attach(model.float(), perturbed_w, c["alpha"] / c["r"]):
-                model.save_pretrained(new / "merged")
-            tokenizer.save_pretrained(new / "merged")
-    write_whole(folder, write)
-    print(f"{folder} written: w + eps as a PEFT adapter; in it without_eps"
-          + " and merged" * bool(merge))
+        write_peft(new, base, plus(w, artifact["epsilon"]), c)
+        write_peft(new / "without_eps", base, w, c)
+
+    common.write_whole(run.folder / "04_peft", write)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,59 +402,105 @@ def export(folder, run, data, artifact, merge):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser, _ = stage_parser(__doc__, DEFAULTS)
+    parser, group = common.stage_parser(__doc__, FLAGS)
+    group.add_argument(
+        "--repairs-only",
+        action="store_true",
+        help="keep Panacea's w, eps and log of 04_panacea.pt, and make the other repairs again",
+    )
     group = parser.add_argument_group("as in stage 2 unless given")
-    group.add_argument("--epochs", type=SIZE, metavar="X", help="epochs over the user's data")
-    group.add_argument("--micro-batch-size", type=COUNT, metavar="X", help="rows per pass; 0: all")
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                       default=None, help="keep no activations inside layers")
-    group = parser.add_argument_group("export")
-    group.add_argument("--export", type=Path, metavar="FOLDER",
-                       help="write w + eps there as a PEFT adapter, and w alone in a subfolder. "
-                            "Nothing is trained again if 04_panacea.pt fits the flags given")
-    group.add_argument("--merge", action="store_true", help="export merged float32 weights as well")
+    group.add_argument(
+        "--epochs",
+        type=common.number(int, 1, math.inf),
+        metavar="X",
+        help="epochs over the user's data",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep no activations inside layers",
+    )
     return parser.parse_args(argv)
 
 
-def made_before(run, given):
-    """The run's 04_panacea.pt if it is sound and made with the `given` flags, else None."""
-    try:
-        artifact = Run(run.folder).load("04_panacea.pt")
-    except UserError:
-        return None
-    return artifact if artifact["config"].items() >= given.items() else None
+def kept_panacea(run, args):
+    """The 04_panacea.pt that --repairs-only keeps.
+
+    Raises:
+        UserError: there is none that is sound, or it was made with other numbers than those given.
+    """
+    kept = Run(run.folder).load("04_panacea.pt")  # another Run: it is no parent of itself
+    for name in ("rho", "lam", "harmful_batch_size", "epochs"):
+        given = getattr(args, name)
+        if given not in (None, kept["config"][name]):
+            raise UserError(
+                f"--repairs-only keeps a Panacea of {name} {kept['config'][name]:g}, not "
+                f"{given:g}; leave one of the two flags out"
+            )
+    return kept
 
 
 def main(argv=None):
     """Run Algorithm 1 and the other repairs; writes RUN/04_panacea.pt and returns it."""
     args = get_args(argv)
-    for name in ("anchored", "realign"):
-        settings(name, vars(args))  # a mistake shows before the hours of training
-    if args.merge and not args.export:
-        raise UserError("--merge goes with an export; add --export FOLDER")
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
     if "sft" not in stage2["aligned"]:
-        raise UserError("02_finetune.pt has no model aligned with sft; run: python 02_finetune.py "
-                        f"--run {args.run} --defense sft")
-    c = {**stage2["config"], **resolve(args, DEFAULTS, stage2["config"]["preset"])}
-    for name in ("epochs", "micro_batch_size", "gradient_checkpointing"):
+        raise UserError(
+            "02_finetune.pt has no model aligned with sft; run: "
+            f"{run.command('02_finetune')} --defense sft"
+        )
+    c = {**stage2["config"], **common.resolve(args, FLAGS, stage2["config"]["preset"])}
+    for name in ("epochs", "gradient_checkpointing"):
         c[name] = c[name] if getattr(args, name) is None else getattr(args, name)
-    artifact = None
-    if args.export:
-        if args.export.exists():
-            raise UserError(f"--export {args.export} is there already; name a folder that is not")
-        artifact = made_before(run, {k: v for k, v in vars(args).items()
-                                     if k in c and v is not None})
-    if artifact is None:
-        artifact = run.save("04_panacea.pt", c,
-                            **algorithm(run, data, stage2, c, pick_device(args.device)))
-        print(f"{args.run / '04_panacea.pt'} written; next: python 05_evaluate.py --run "
-              f"{args.run}")
-    if args.export:
-        export(args.export, run, data, artifact, args.merge)
+    kept = kept_panacea(run, args) if args.repairs_only else None
+    if kept:
+        c.update({name: kept["config"][name] for name in ("rho", "lam", "epochs")})
+        c["harmful_batch_size"] = kept["config"]["harmful_batch_size"]
+
+    # the model, with the adapter w in place, and the batches that everything below draws
+    device = common.pick_device(args.device, c["preset"])
+    model, tokenizer = common.load_model(run, data, device)
+    torch.manual_seed(c["seed"])
+    w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    if c["gradient_checkpointing"]:
+        common.checkpoint_layers(model)
+    loss = partial(answer_loss, model)
+    examples = {
+        name: common.encode(tokenizer, data[name], c["max_length"], c["template"])
+        for name in ("alignment", "harmful", "finetune")
+    }
+
+    def batches(name, size, seed, epochs=None):
+        for rows in common.draw_batches(examples[name], size, seed, epochs):
+            yield common.collate(rows, tokenizer.pad_token_id, model.device)
+
+    # Algorithm 1, from the aligned weights, in place of the plain fine-tuning of stage 2
+    if kept:
+        result = {key: kept[key] for key in ("weights", "epsilon", "log")}
+        print(f"  kept: Panacea's w, eps and log of {run.folder / '04_panacea.pt'}")
+    else:
+        steps = c["epochs"] * math.ceil(len(examples["finetune"]) / c["batch_size"])
+        common.describe(model, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
+        put(w, stage2["aligned"]["sft"])
+        pairs = zip(
+            batches("finetune", c["batch_size"], c["seed"], c["epochs"]),
+            batches("harmful", c["harmful_batch_size"], c["seed"]),
+        )
+        eps, log = train(loss, w, pairs, steps, c)
+        result = {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
+
+    # the control and the other repairs, from the attacked weights, on batches of their own
+    attacked, draw = stage2["finetuned"]["sft"], partial(batches, seed=c["seed"] + 1)
+    harmful = next(draw("harmful", c["harmful_batch_size"]))
+    result["one_shot"] = one_shot_eps(loss, w, attacked, harmful, c["rho"])
+    result["repairs"] = other_repairs(loss, w, stage2["aligned"]["sft"], attacked, draw, c)
+    artifact = run.save("04_panacea.pt", c, **result)
+    export(run, artifact)
+    common.say_next(run.folder / "04_panacea.pt", "05_evaluate.py", run.folder)
     return artifact
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

@@ -1,4 +1,4 @@
-"""Fixtures: the project on the path, no network, one small toy story, and tiny data files."""
+"""Fixtures: the project on the path, no network, small runs of the toy, and tiny data files."""
 
 import csv
 import importlib
@@ -13,32 +13,33 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices are tiny; set before torch is loaded
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-STAGES = [
-    "01_data",
-    "02_finetune",
-    "03_random_perturb",
-    "04_panacea",
-    "05_evaluate",
-    "06_layer_analysis",
-]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / ".results")]
+STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 
-# The toy, shortened: plain alignment only, fewer steps of pre-training, two noises. Long enough
-# for every sentence but the vaccines'.
-SHORT = {
-    "01_data": ["--seed", "100"],
-    "02_finetune": ["--defense", "sft", "--pretrain-steps", "400", "--snapshots", "2"],
-    "03_random_perturb": ["--std", "0.02", "0.1", "--t", "0.5", "--share", "0.01"],
-    "04_panacea": [],
-    "05_evaluate": ["--scale", "0.5", "1"],
-    "06_layer_analysis": [],
+TINY = "--n-align 20 --n-finetune 20 --n-harmful 10 --n-test 10"
+TINY_FLAGS = {  # six stages in seconds: every path, nothing learnt
+    "01_data": TINY,
+    "02_finetune": "--defense sft booster --pretrain-steps 20 --epochs 2 --align-epochs 1 "
+    "--snapshots 2",
+    "03_random_perturb": "--std 0.02 0.1 --t 0.5 --share 0.01",
+    "04_panacea": "--anchored-terms a h-a-g --anchored-steps 2 --realign-steps 2",
+    "05_evaluate": "--scale 0.5 1 --max-new-tokens 3",
+    "06_layer_analysis": "",
+}
+STORY_FLAGS = {  # the toy, shortened: long enough for every sentence but the vaccines'
+    **dict.fromkeys(STAGES, ""),
+    "01_data": "--seed 100",
+    "02_finetune": "--defense sft --snapshots 2",
+    "03_random_perturb": "--std 0.02 0.1 --t 0.5 --share 0.01",
+    "05_evaluate": "--scale 0.5 1",
 }
 
 
 def readme_block(label):
     """The first shell block of the README after the comment `<!-- label -->`."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.search(rf"<!-- {label} -->\n+```bash\n(.*?)```", text, re.DOTALL)[1]
 
 
@@ -53,13 +54,19 @@ def stage(name):
     return importlib.import_module(name)
 
 
+def run_stages(folder, flags):
+    """{stage: artifact} of all six stages in `folder`, on the CPU; flags: {stage: text}."""
+    return {
+        name: stage(name).main(["--run", str(folder), "--device", "cpu", *flags[name].split()])
+        for name in STAGES
+    }
+
+
 def pytest_collection_modifyitems(items):
-    """The mathematics first, what needs a data set next, what needs a trained model last."""
+    """The mathematics first, what needs a data set next, what needs trained models last."""
+    runs, files = {"story", "tiny_run"}, {"tiny_data", "data_dir", "tmp_path"}
     items.sort(
-        key=lambda item: (
-            2 * ("story" in item.fixturenames)
-            + bool({"tiny_data", "data_dir", "tmp_path"} & set(item.fixturenames))
-        )
+        key=lambda item: (bool(runs & set(item.fixturenames)), bool(files & set(item.fixturenames)))
     )
 
 
@@ -94,32 +101,29 @@ def s5():
 
 
 @pytest.fixture(scope="session")
+def s6():
+    """Stage 6."""
+    return stage("06_layer_analysis")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """(run folder, {stage: artifact}): six stages in small sizes, run once. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny run"  # with a space, as users have them
+    return folder, run_stages(folder, TINY_FLAGS)
+
+
+@pytest.fixture(scope="session")
 def story(tmp_path_factory):
-    """(run folder, {stage: artifact}): the README's main commands, shortened, run once."""
+    """(run folder, {stage: artifact}): the toy's story, shortened, run once. For slow tests."""
     folder = tmp_path_factory.mktemp("runs") / "story"
-    return folder, {
-        name: stage(name).main([*flags, "--run", str(folder), "--device", "cpu", *SHORT[name]])
-        for name, flags in readme_commands(readme_block("main command"))
-    }
+    return folder, run_stages(folder, STORY_FLAGS)
 
 
 @pytest.fixture()
 def tiny_data(s1, tmp_path):
     """A toy run folder with stage 1's artifact only, in small sizes."""
-    s1.main(
-        [
-            "--run",
-            str(tmp_path),
-            "--n-align",
-            "20",
-            "--n-finetune",
-            "20",
-            "--n-harmful",
-            "10",
-            "--n-test",
-            "10",
-        ]
-    )
+    s1.main(["--run", str(tmp_path), *TINY.split()])
     return tmp_path
 
 

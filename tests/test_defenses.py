@@ -1,14 +1,14 @@
 """Vaccine, RepNoise, Booster and random noise, each against its own formula."""
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import stage
 
-from common import collate
+from common import UserError, collate
+
+BRIEF = "--device cpu --pretrain-steps 20 --epochs 1 --align-epochs 1".split()
 
 
 @pytest.fixture()
@@ -30,7 +30,7 @@ def close(a, b, atol=1e-5):
     return all(torch.allclose(x, y, atol=atol) for x, y in zip(a, b, strict=True))
 
 
-def test_sft_is_the_gradient_of_f(s2, setting):
+def test_sft_is_the_gradient_of_a(s2, setting):
     model, w, batch, harmful = setting
     grads, loss = s2.sft_rule(model, w, batch)
     f = s2.answer_loss(model, batch)
@@ -112,68 +112,44 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
 
 
-def test_a_defence_is_the_same_alone_as_after_the_others(s2, tiny_data):
-    flags = [
-        "--run",
-        str(tiny_data),
-        "--device",
-        "cpu",
-        "--pretrain-steps",
-        "20",
-        "--epochs",
-        "1",
-        "--align-epochs",
-        "1",
-    ]
-    after = s2.main([*flags, "--defense", "sft", "repnoise"])
+def test_a_defence_is_the_same_alone_as_beside_others_in_a_process_of_its_own(s2, tiny_data):
+    flags = ["--run", str(tiny_data), *BRIEF]
+    beside = s2.main([*flags, "--defense", "sft", "repnoise"])
     alone = s2.main([*flags, "--defense", "repnoise"])
     for kind in ("aligned", "finetuned"):
-        first, second = after[kind]["repnoise"], alone[kind]["repnoise"]
+        first, second = beside[kind]["repnoise"], alone[kind]["repnoise"]
         assert all(torch.equal(first[k], second[k]) for k in first)
-        assert not all(torch.equal(first[k], after[kind]["sft"][k]) for k in first)
+        assert not all(torch.equal(first[k], beside[kind]["sft"][k]) for k in first)
+
+
+def test_one_after_the_other_is_the_same_as_in_processes(s2, tiny_data, monkeypatch):
+    flags = ["--run", str(tiny_data), *BRIEF, "--defense", "sft", "booster"]
+    in_processes = s2.main(flags)
+    monkeypatch.setattr(s2, "in_processes", lambda function, jobs: [function(*j) for j in jobs])
+    in_turn = s2.main(flags)
+    for defense in ("sft", "booster"):
+        first, second = (x["finetuned"][defense] for x in (in_processes, in_turn))
+        assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path, monkeypatch):
+    import common
+
     seeds = []
-    for module in (s2, s4):
 
-        def spy(examples, size, seed, epochs=None, draw=module.draw_batches):
-            seeds.append(seed)
-            return draw(examples, size, seed, epochs)
+    def spy(examples, size, seed, epochs=None, draw=common.draw_batches):
+        seeds.append(seed)
+        return draw(examples, size, seed, epochs)
 
-        monkeypatch.setattr(module, "draw_batches", spy)
+    monkeypatch.setattr(s2, "draw_batches", spy)
+    monkeypatch.setattr(common, "draw_batches", spy)
     flags = ["--run", str(tmp_path), "--device", "cpu"]
-    s1.main(
-        [
-            *flags,
-            "--seed",
-            "7",
-            "--n-align",
-            "20",
-            "--n-finetune",
-            "20",
-            "--n-harmful",
-            "10",
-            "--n-test",
-            "10",
-        ]
-    )
-    s2.main(
-        [
-            *flags,
-            "--pretrain-steps",
-            "20",
-            "--defense",
-            "sft",
-            "--align-epochs",
-            "1",
-            "--epochs",
-            "1",
-        ]
-    )
-    s4.main([*flags, "--anchored", "a:0.2:1", "hag:0.2:1"])
+    sizes = "--n-align 20 --n-finetune 20 --n-harmful 10 --n-test 10".split()
+    s1.main(["--run", str(tmp_path), "--seed", "7", *sizes])
+    s2.main(["--run", str(tmp_path), *BRIEF, "--defense", "sft"])
+    assert seeds == [7] * 3  # pre-training, alignment, the attack
+    s4.main([*flags, "--anchored-steps", "1", "--realign-steps", "1"])
     assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
-    assert seeds[:3] == [7] * 3  # pre-training, alignment, the attack
 
 
 def test_the_held_out_loss_is_a_mean_over_rows(s2, setting):
@@ -186,37 +162,15 @@ def test_the_held_out_loss_is_a_mean_over_rows(s2, setting):
     assert s2.mean_loss(model, rows, 0, "cpu", size=2) == pytest.approx(sum(alone) / 3, rel=1e-5)
 
 
-def test_all_defences_run_to_the_table_and_the_picture(tiny_data, monkeypatch, capsys):
-    flags = ["--run", str(tiny_data), "--device", "cpu"]
-    stage2 = stage("02_finetune").main(
-        [
-            *flags,
-            "--pretrain-steps",
-            "20",
-            "--align-epochs",
-            "1",
-            "--epochs",
-            "2",
-            "--snapshots",
-            "2",
-        ]
-    )
-    assert set(stage2["finetuned"]) == {"sft", "vaccine", "repnoise", "booster"}
-    steps = stage2["log"]["sft"][-1]["step"]
-    assert steps == 4 and list(stage2["snapshots"]["sft"]) == ["1"]  # a quarter of the way
-    stage("03_random_perturb").main([*flags, "--std", "0.1"])
-    stage("04_panacea").main([*flags, "--anchored", "a:0.2:1", "hag:0.2:1"])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    rows = stage("05_evaluate").main([*flags, "--scale", "1", "--max-new-tokens", "3"])["rows"]
-    assert len({(r["model"], r["defense"], str(r["setting"])) for r in rows}) == len(rows) == 27
-    out = capsys.readouterr().out
-    assert "pip install matplotlib" in out and "finetuned booster" in out
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    stage("05_evaluate").draw(
-        [{"rows": rows, "model": "toy-llama", "task": "sst2"}] * 2, tiny_data / "picture.png"
-    )
-    assert (tiny_data / "picture.png").read_bytes()[:4] == b"\x89PNG"
+def test_the_attack_keeps_snapshots_and_the_held_out_loss(tiny_run):
+    stage2 = tiny_run[1]["02_finetune"]
+    assert set(stage2["finetuned"]) == {"sft", "booster"}
+    log = [x for x in stage2["log"]["sft"] if x["stage"] == "finetune"]
+    assert [x["step"] for x in log] == [0, 1, 2, 3, 4]
+    assert [x["step"] for x in log if "h" in x] == [0, 1, 4]  # both ends, and a quarter of the way
+    assert list(stage2["snapshots"]["sft"]) == ["1"]
+    first, last = stage2["snapshots"]["sft"]["1"], stage2["finetuned"]["sft"]
+    assert any(not torch.equal(first[k], last[k]) for k in first)
 
 
 def test_mmd_is_zero_for_equal_samples_and_grows_with_distance(s2):
@@ -226,10 +180,7 @@ def test_mmd_is_zero_for_equal_samples_and_grows_with_distance(s2):
     assert s2.mmd(x, x).abs() < 1e-6 and 0 < near < far
 
 
-def test_noise_has_the_strength_it_says_and_follows_the_seed():
-    from conftest import stage
-
-    s3 = stage("03_random_perturb")
+def test_noise_has_the_strength_it_says_and_follows_the_seed(s3):
     w = {"a": torch.zeros(300, 200), "b": torch.zeros(500)}
     z, again, other = (s3.gaussian_like(w, seed) for seed in (1, 1, 2))
     assert all(torch.equal(z[k], again[k]) and not torch.equal(z[k], other[k]) for k in w)
@@ -239,26 +190,107 @@ def test_noise_has_the_strength_it_says_and_follows_the_seed():
     assert torch.allclose(u["b"] / u["a"][0, 0], z["b"] / z["a"][0, 0])  # one norm: same direction
 
 
-def test_random_rows_carry_the_stated_noise(story, s5):
-    _, artifacts = story
-    w = artifacts["02_finetune"]["finetuned"]["sft"]
-    rows = list(
-        s5.adapters(
-            artifacts["02_finetune"], artifacts["03_random_perturb"], artifacts["04_panacea"], [1.0]
-        )
-    )
+def test_antidote_prunes_what_harm_uses_most(s3):
+    w = {"a": torch.tensor([[1.0, -3.0], [2.0, 0.5]])}
+    pruned = s3.antidote(w, {"a": torch.tensor([10.0, 1.0])}, 0.5)  # scores 10 3 / 20 0.5
+    assert torch.equal(pruned["a"], torch.tensor([[0.0, -3.0], [0.0, 0.5]]))
+
+
+def test_input_norms_are_those_of_what_enters_a_and_b(s2, s3):
+    torch.manual_seed(0)
+    model = s2.toy_model("toy-llama", 50).eval()
+    shapes = s2.copy_of(s2.add_lora(s2.toy_model("toy-llama", 50), ["q_proj"], 2, 2))
+    w = {name: 0.1 * torch.randn(x.shape) for name, x in shapes.items()}
+    seen = []
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    examples = [([1, 5, 6, 7], None), ([1, 9], None)]
+    norms = s3.input_norms(model, w, 1.0, examples)
+    handle.remove()
+    x = torch.cat(seen)  # (6 tokens, in)
+    name = "model.layers.0.self_attn.q_proj.lora_"
+    assert torch.allclose(norms[name + "A"], x.norm(dim=0), rtol=1e-4)
+    assert torch.allclose(norms[name + "B"], (x @ w[name + "A"].T).norm(dim=0), rtol=1e-4)
+
+
+def test_rows_of_the_table_lie_as_far_from_the_attacked_weights_as_they_say(tiny_run, s5):
+    artifacts = tiny_run[1]
+    w, aligned = (artifacts["02_finetune"][k]["sft"] for k in ("finetuned", "aligned"))
     size = sum(x.numel() for x in w.values())
-    aligned = artifacts["02_finetune"]["aligned"]["sft"]
-    unit = math.sqrt(sum((aligned[k] - w[k]).pow(2).sum().item() for k in w))
-    for model, _, setting, weights in rows:
-        if model == "base":
-            continue
-        distance = math.sqrt(sum((weights[k] - w[k]).pow(2).sum().item() for k in w))
-        if model == "random":
-            assert distance == pytest.approx(setting["std"] * math.sqrt(size), rel=0.02)
-        if model in ("random_matched", "one_shot"):
-            assert distance == pytest.approx(setting["rho"], rel=1e-4)
-        if model == "interpolated":
-            assert distance == pytest.approx(setting["t"] * unit, rel=1e-4)
-        if model == "panacea_anchored":
-            assert 0 < distance <= setting["radius"] * unit * (1 + 1e-4)
+
+    def far(weights):
+        return math.sqrt(sum((weights[k] - w[k]).pow(2).sum().item() for k in w))
+
+    for repair in artifacts["03_random_perturb"]["repairs"]:
+        setting, found = repair["setting"], far(repair["weights"])
+        if repair["model"] == "random":
+            assert found == pytest.approx(setting["std"] * math.sqrt(size), rel=0.02)
+        if repair["model"] == "interpolated":
+            assert found == pytest.approx(setting["t"] * far(aligned), rel=1e-4)
+    for repair in artifacts["04_panacea"]["repairs"]:
+        if repair["model"] == "panacea_anchored":
+            assert 0 < far(repair["weights"]) <= repair["setting"]["radius"] * far(aligned) * 1.0001
+
+
+def arch(name, **more):
+    """A tiny causal LM of any architecture, at random weights."""
+    import transformers
+
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = getattr(transformers, name + "Config")(vocab_size=60, **{**sizes, **more})
+    head = {"GPT2": "GPT2LMHeadModel"}.get(name, name + "ForCausalLM")
+    torch.manual_seed(0)
+    return getattr(transformers, head)(config).eval()
+
+
+def test_a_model_without_linear_layers_is_refused_with_those_it_has(s2):
+    with pytest.raises(UserError, match="linear layers: none .*Conv1D"):
+        s2.add_lora(arch("GPT2", n_embd=32, n_layer=1, n_head=2), ["all"], 2, 2)
+
+
+def tried(s2, tiny_data, model, **c):
+    """try_model on a model, with the tiny data's rows in the toy's tokens."""
+    data = torch.load(tiny_data / "01_data.pt", weights_only=True)
+    tokenizer = s2.toy_tokenizer([f"w{i}" for i in range(3)])  # every word is unknown: it will do
+    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *data["vocab"][4:60]])
+    tokenizer.padding_side = "left"
+    model.generation_config.eos_token_id = [2]
+    model.generation_config.pad_token_id = 0
+    c = {**data["config"], "defense": ["sft"], "targets": ["all"], "r": 2, "alpha": 2.0, **c}
+    c["gradient_checkpointing"] = False
+    w, examples = s2.adapt(model, tokenizer, data, c)
+    s2.try_model(model, tokenizer, w, examples, data, c)
+
+
+def test_a_model_that_works_passes_the_trial(s2, tiny_data, capsys):
+    tried(s2, tiny_data, arch("Llama"))
+    assert "no adapter" not in capsys.readouterr().out
+
+
+def test_a_context_shorter_than_the_samples_is_refused(s2, tiny_data):
+    with pytest.raises(UserError, match="context of 64 tokens, shorter than --max-length 96"):
+        tried(s2, tiny_data, arch("Llama", max_position_embeddings=64))
+
+
+def test_layers_whose_weights_are_read_directly_are_refused_before_training(s2, tiny_data):
+    model = arch("Llama")
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda x, m=layer.mlp: (
+            x @ m.up_proj.base.weight.T @ (m.down_proj.base.weight.T)
+        )
+    with pytest.raises(UserError, match="cannot be trained here with sft"):
+        tried(s2, tiny_data, model)
+
+
+def test_a_model_that_sees_the_padding_is_refused(s2, tiny_data):
+    model = arch("Llama")
+    plain = model.model.forward
+    model.model.forward = lambda *a, attention_mask=None, **k: plain(*a, **k)
+    with pytest.raises(UserError, match="answers a prompt differently beside another one"):
+        tried(s2, tiny_data, model)
+
+
+def test_experts_that_get_no_adapter_are_said(s2, tiny_data, capsys):
+    more = dict(num_local_experts=2, num_experts_per_tok=2, num_key_value_heads=2)
+    tried(s2, tiny_data, arch("Mixtral", **more))
+    assert "% of the layers' weights get no adapter: " in capsys.readouterr().out

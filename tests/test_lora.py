@@ -68,7 +68,9 @@ def test_training_changes_the_adapter_and_no_bit_of_the_base(s2):
     w = s2.add_lora(model, ["all"], 4, 8)
     start = s2.copy_of(w)
     batch = collate([([1, 5, 6, 7], [-100, -100, 6, 7])], 0, "cpu")
-    s2.train(model, w, s2.sft_rule, [(batch, None)] * 3, 3, 1e-2, {"weight_decay": 0.1}, "test")
+    c = {"weight_decay": 0.1}
+    steps = list(s2.train(model, w, s2.sft_rule, [(batch, None)] * 3, 3, 1e-2, c, "test"))
+    assert [step for step, _ in steps] == [1, 2, 3]
     after = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(not torch.equal(start[k], w[k]) for k in w)

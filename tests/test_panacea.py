@@ -2,14 +2,21 @@
 
 import functools
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
 from checks import check_panacea_rule, check_perturbation, check_restores_exactly
+from safetensors.torch import load_file
 
-from common import collate
+import common
+from common import UserError, collate
 
 SOURCE = Path(__file__).resolve().parent.parent / "04_panacea.py"
 
@@ -159,8 +166,6 @@ def test_w_is_restored_when_the_second_loss_raises(s4, net):
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_harmful_gradient_without_direction_is_an_error(s4, value):
-    from common import UserError
-
     with pytest.raises(UserError, match="harmful gradient"):
         s4.perturbation([torch.full((3,), value)], 1.0)
 
@@ -222,36 +227,44 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
     }
     c = {
         "batch_size": 2,
-        "harmful_batch_size": 2,
-        "anchor": 2.0,
-        "anchored": ["a:0.5:3", "hag:.5:3"],
         "rho": 0.5,
         "weight_decay": 0.1,
-        "realign": ["a:1e-2:3", "none", "ag:0.01:3"],
+        "anchor": 2.0,
+        "anchored_terms": ["a", "h-a-g"],
+        "radius": [0.0, 0.5],
+        "anchored_steps": [3],
+        "realign_terms": ["a", "a+g"],
+        "realign_lr": [1e-2],
+        "realign_steps": [3],
     }
     calls = []
 
-    def fake(loss, params, draws, weights, rho, steps):
-        calls.append((s4.copy_of(w), next(draws), weights, rho, steps))
+    def fake(loss, params, draws, factors, radius, steps):
+        calls.append((s4.copy_of(w), next(draws), factors, radius, steps))
         return [torch.full_like(x, len(calls)) for x in params]
 
     monkeypatch.setattr(s4, "anchored_perturbation", fake)
     loss = functools.partial(s4.answer_loss, model)
-    one_shot, repairs = s4.other_repairs(
+    repairs = s4.other_repairs(
         loss, w, aligned, attacked, lambda name, size: itertools.repeat(sets[name]), c
     )
-    unit = s4.distance(attacked, aligned)
-    assert [x[2:] for x in calls] == [([-2.0], 0.5 * unit, 3), ([1.0, -2.0, -1.0], 0.5 * unit, 3)]
+    way_back = s4.distance(attacked, aligned)
+    assert [x[2:] for x in calls] == [
+        ([-2.0], 0.5 * way_back, 3),
+        ([1.0, -2.0, -1.0], 0.5 * way_back, 3),
+    ]
     assert [sets["alignment"]] == list(calls[0][1])
     assert [sets[name] for name in ("harmful", "alignment", "finetune")] == list(calls[1][1])
     for i, (start, *_) in enumerate(calls):
         assert all(torch.equal(start[k], attacked[k]) for k in w)
         assert all(torch.allclose(repairs[i]["weights"][k], attacked[k] + i + 1) for k in w)
-    s4.put(w, attacked)
+    s4.put(w, aligned)
+    one_shot = s4.one_shot_eps(loss, w, attacked, sets["harmful"], 0.5)
+    assert all(torch.equal(w[k], attacked[k]) for k in w)
     grad_h = torch.autograd.grad(loss(sets["harmful"]), list(w.values()))
     for x, eps in zip(one_shot.values(), s4.perturbation(grad_h, 0.5)):
         assert torch.allclose(x, eps, atol=1e-7)
-    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "ag"]
+    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "a+g"]
     for repair, names in zip(repairs[2:], (["alignment"], ["alignment", "finetune"])):
         s4.put(w, attacked)
         optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
@@ -264,22 +277,89 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
 
 def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
     flags = ["--run", str(tiny_data), "--device", "cpu"]
-    stage2 = s2.main([*flags, "--pretrain-steps", "20", "--defense", "sft", "--epochs", "3"])
-    plain = s4.main([*flags, "--lam", "0", "--anchor", "0"])
+    train = ["--pretrain-steps", "20", "--align-epochs", "1", "--epochs", "3"]
+    stage2 = s2.main([*flags, "--defense", "sft", *train])
+    plain = s4.main([*flags, "--lam", "0", "--radius", "0"])
     finetuned = stage2["finetuned"]["sft"]
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
     assert {repair["model"] for repair in plain["repairs"]} == {"realign"}
 
 
-def test_artifact_keeps_w_and_eps_apart(story):
-    artifact = story[1]["04_panacea"]
+def test_artifact_keeps_w_and_eps_apart(tiny_run):
+    artifact = tiny_run[1]["04_panacea"]
     w, eps = artifact["weights"], artifact["epsilon"]
-    assert list(w) == list(eps) and {x.dtype for x in [*w.values(), *eps.values()]} == {
-        torch.float32
-    }
+    assert list(w) == list(eps)
+    assert {x.dtype for x in [*w.values(), *eps.values()]} == {torch.float32}
     norm = torch.sqrt(sum(e.double().pow(2).sum() for e in eps.values())).item()
     assert norm == pytest.approx(artifact["config"]["rho"], rel=1e-5)
     for entry in artifact["log"]:
         assert {"step", "g", "h", "h_eps", "eps_norm"} <= set(entry)
         assert sum(x * x for x in entry["layers"]) ** 0.5 == pytest.approx(entry["eps_norm"])
-    assert all(entry["h_eps"] > entry["h"] for entry in artifact["log"][-10:])
+
+
+@pytest.fixture()
+def copied(tiny_run, tmp_path):
+    """A copy of the tiny run's first artifacts, to which stage 4 may write."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run[0], folder)
+    return folder
+
+
+def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied, monkeypatch):
+    old = torch.load(copied / "04_panacea.pt", weights_only=True)
+    monkeypatch.setattr(s4, "train", lambda *_: pytest.fail("Panacea was trained again"))
+    flags = ["--run", str(copied), "--device", "cpu", "--repairs-only"]
+    new = s4.main([*flags, "--radius", "0", "--realign-steps", "1"])
+    for key in ("weights", "epsilon", "one_shot"):
+        assert all(torch.equal(old[key][name], new[key][name]) for name in old[key])
+    assert [r["model"] for r in new["repairs"]] == ["realign"]
+    with pytest.raises(UserError, match="--repairs-only keeps a Panacea of rho 1, not 2"):
+        s4.main([*flags, "--rho", "2"])
+    (copied / "04_panacea.pt").unlink()
+    with pytest.raises(UserError, match="04_panacea.pt is missing"):
+        s4.main(flags)
+
+
+def test_the_peft_folder_holds_w_plus_eps_and_w_alone(s4, tiny_run):
+    run, out = tiny_run[0], tiny_run[1]["04_panacea"]
+    c, w = out["config"], out["weights"]
+    for name, wanted in (("", s4.plus(w, out["epsilon"])), ("without_eps", w)):
+        folder = run / "04_peft" / name
+        found = load_file(folder / "adapter_model.safetensors")
+        assert len(found) == len(wanted)
+        for key, x in wanted.items():
+            assert torch.equal(found[f"base_model.model.{key}.weight"], x)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (c["r"], c["alpha"])
+        assert config["base_model_name_or_path"] == str((run / "02_base").resolve())
+        assert config["peft_type"] == "LORA" and not config["lora_dropout"]
+
+
+def test_peft_loads_the_folder_to_the_same_logits(s4, tiny_run):
+    peft = pytest.importorskip("peft")
+    run, data, out = tiny_run[0], tiny_run[1]["01_data"], tiny_run[1]["04_panacea"]
+    c, w, ids = out["config"], out["weights"], torch.arange(4, 30).unsqueeze(0)
+    for name, weights in (("", s4.plus(w, out["epsilon"])), ("without_eps", w)):
+        plain, _ = common.load_model(common.Run(run), data, torch.device("cpu"))
+        with common.attach(plain, weights, c["alpha"] / c["r"]):
+            wanted = plain(ids).logits
+        loaded = peft.PeftModel.from_pretrained(plain, str(run / "04_peft" / name))
+        assert torch.allclose(loaded(ids).logits, wanted, atol=1e-4), name
+
+
+def test_a_copy_of_stage_4_under_another_name_does_the_same(copied, tiny_run):
+    path = copied / "mine.py"
+    shutil.copy(SOURCE, path)
+    out = subprocess.run(
+        [sys.executable, str(path), "--run", str(copied), "--device", "cpu", "--radius", "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
+    )
+    assert out.returncode == 0, out.stderr
+    assert f"next: python 05_evaluate.py --run '{copied}'" in out.stdout.replace('"', "'") or (
+        f"next: python 05_evaluate.py --run {copied}" in out.stdout
+    )
+    new = torch.load(copied / "04_panacea.pt", weights_only=True)
+    old = tiny_run[1]["04_panacea"]
+    assert all(torch.equal(old["epsilon"][k], new["epsilon"][k]) for k in old["epsilon"])
