@@ -137,11 +137,11 @@ def add_lora(model, targets, r, alpha):
     there = {name.rpartition(".")[2] for name in linear}
     unknown = [x for x in targets if x not in there and not (x == "all" and there)]
     if unknown:
-        others = {type(m).__name__ for _, m in model.named_modules() if hasattr(m, "weight")}
-        found = f"linear layers: {' '.join(sorted(there)) or 'none'}"
+        others = {type(m).__name__ for n, m in model.named_modules() if re.search(r"\.\d+\.", n)}
         raise UserError(
             f"--targets {' '.join(unknown)} match no linear layer; this {type(model).__name__} has "
-            f"{found} (layers with weights: {' '.join(sorted(others))})"
+            f"linear layers: {' '.join(sorted(there)) or 'none'} (kinds of layers: "
+            f"{' '.join(sorted(others))})"
         )
     w = {}
     for name, module in linear.items():

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, STAGES, stage
+from safetensors.torch import load_file, save_file
 
+import common
 from common import Run, UserError, run_stage, write_whole
+from conftest import ROOT, STAGES, stage
 
 
 def script(name, *flags, **options):
@@ -70,16 +72,10 @@ def assert_one_line(capsys, name, flags, *words):
         ("04_panacea", ["--rho", "nan"], ["--rho"]),
         ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
         ("04_panacea", ["--epochs", "0"], ["--epochs"]),
-        ("04_panacea", ["--merge"], ["--export FOLDER"]),
-        ("05_evaluate", ["--choose"], ["--aggregate"]),
-        ("04_panacea", ["--realign", "a:1"], ["--realign a:1", "TERMS:NUMBER:STEPS"]),
-        ("04_panacea", ["--anchored", "gh:1:2"], ["--anchored", "gh:1:2"]),
+        ("04_panacea", ["--anchored-terms", "g"], ["--anchored-terms", "'g'", "h-a-g"]),
+        ("04_panacea", ["--realign-steps", "0"], ["--realign-steps"]),
         ("03_random_perturb", ["--t", "1.2"], ["--t", "1.2"]),
-        (
-            "05_evaluate",
-            ["--aggregate", "/no/such/run"],
-            ["/no/such/run/results.json", "05_evaluate"],
-        ),
+        ("05_evaluate", ["--scale", "much"], ["--scale", "much"]),
     ],
 )
 def test_a_flag_out_of_range_is_one_line(name, flags, words, capsys, tmp_path):
@@ -149,30 +145,54 @@ def test_a_hostile_pickle_is_refused_and_not_run(tiny_data, capsys, monkeypatch)
     assert not Path("pwned").exists()
 
 
-def test_a_stale_input_is_refused(story, tmp_path, capsys):
-    folder, _ = story
-    shutil.copytree(folder, tmp_path / "run")
-    stage("03_random_perturb").main(["--run", str(tmp_path / "run"), "--share", "0"])
-    stage("01_data").main(["--run", str(tmp_path / "run"), "--seed", "101", "--n-test", "10"])
-    assert_one_line(
-        capsys,
-        "04_panacea",
-        ["--run", tmp_path / "run"],
-        "stale",
-        "01_data.pt",
-        "python 02_finetune.py",
-    )
+@pytest.fixture()
+def copied(tiny_run, tmp_path):
+    """A copy of the tiny run, to which a test may write."""
+    return shutil.copytree(tiny_run[0], tmp_path / "run")
 
 
-def test_artifacts_are_plain_data_with_lineage(story):
-    folder, artifacts = story
+def test_a_stale_input_is_refused(copied, capsys):
+    stage("03_random_perturb").main(["--run", str(copied), "--share", "0"])
+    stage("01_data").main(["--run", str(copied), "--seed", "101", "--n-test", "10"])
+    for name in STAGES[2:]:
+        assert_one_line(capsys, name, ["--run", copied], "stale", "another 0", f"{copied}")
+
+
+@pytest.mark.parametrize("name", STAGES[2:])
+def test_another_base_model_under_the_same_adapters_is_stale(name, copied, capsys):
+    path = copied / "02_base" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0  # one number of all
+    save_file(weights, path, metadata={"format": "pt"})
+    assert_one_line(capsys, name, ["--run", copied], "stale", "base model (toy-llama)")
+    path.unlink()
+    assert_one_line(capsys, name, ["--run", copied], "stale", "base model")
+
+
+def test_a_large_file_is_known_by_samples_of_it(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    with open(path, "wb") as file:
+        file.truncate(2**30 + 2**21)  # holes: it takes no space
+    before = common.file_digest(path)
+    with open(path, "r+b") as file:
+        file.seek(2**29 + 5)
+        file.write(b"x")
+    assert common.file_digest(path) != before
+    with open(path, "ab") as file:
+        file.write(b"x")
+    assert len({before, common.file_digest(path)}) == 2
+
+
+def test_artifacts_are_plain_data_with_lineage(tiny_run):
+    folder, artifacts = tiny_run
     for name in STAGES:
         artifact = torch.load(folder / f"{name}.pt", weights_only=True)
-        assert artifact["kind"] == name and artifact["seed"] == artifact["config"]["seed"] == 100
+        assert artifact["kind"] == name and artifact["seed"] == artifact["config"]["seed"] == 0
         assert {"torch", "transformers", "python"} <= set(artifact["versions"])
+        assert ("base model" in artifact["parents"]) == (name != "01_data")
     assert set(artifacts["04_panacea"]["parents"]) == {
         "01_data.pt",
-        "02_base/model.safetensors",
+        "base model",
         "02_finetune.pt",
     }
     assert not list(folder.glob(".*"))
@@ -197,6 +217,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         Run(tmp_path / "file").save("01_data.pt", {"seed": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
 def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
@@ -226,16 +247,17 @@ def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_shows_the_header_and_every_default(name):
-    out = script(name, "--help")
-    header = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()[0]
-    assert out.returncode == 0 and header in out.stdout and "default: runs/toy" in out.stdout
-    text = "".join(out.stdout.split())
-    for flag, (*values, _, _) in stage(name).DEFAULTS.items():
-        toy, laptop, paper = (" ".join(map(str, v)) if isinstance(v, list) else v for v in values)
-        assert f"--{flag.replace('_', '-')}" in text, flag
-        shown = f"(toy: {toy}; laptop: {laptop}; paper: {paper})"
-        assert "".join(shown.split()) in text, flag
+def test_help_shows_the_header_and_every_default(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        stage(name).get_args(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    header = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    assert stop.value.code == 0
+    assert "".join(header.split()) in text and "default:runs/toy" in text
+    for row in stage(name).FLAGS:
+        defaults = "; ".join(f"{p}: {common.shown(getattr(row, p))}" for p in common.PRESETS)
+        assert f"--{row.name.replace('_', '-')}" in text, row.name
+        assert "".join(f"({defaults})".split()) in text, row.name
 
 
 def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
@@ -254,3 +276,44 @@ def test_a_misspelt_run_is_told_which_runs_there_are(tmp_path):
     (tmp_path / "tyo").mkdir()  # a run that has only just begun needs no hint
     with pytest.raises(UserError, match="01_data.pt is missing; run"):
         Run(tmp_path / "tyo").load("01_data.pt")
+
+
+def test_folders_with_spaces_are_quoted_in_what_to_run_next(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"run: python 01_data.py --run '.*my run'"):
+        Run(tmp_path / "my run").load("01_data.pt")
+    common.say_next("x.pt", "05_evaluate.py", Path("my runs/a"))
+    assert capsys.readouterr().out.endswith("--run 'my runs/a'\n")
+
+
+def test_a_full_gpu_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory, and three lines more")
+
+    with pytest.raises(SystemExit) as stop:
+        run_stage(main)
+    assert stop.value.code == 2
+    assert "--gradient-checkpointing" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    for found, wanted in (
+        (torch.device("cuda"), "cuda"),
+        (torch.device("mps"), "mps"),
+        (None, "cpu"),
+    ):
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available, found=found: found
+        )
+        assert common.pick_device("auto", "paper").type == wanted
+        assert common.pick_device("cpu", "paper").type == "cpu"
+
+
+def test_an_error_in_a_process_of_its_own_arrives_as_one_line():
+    with pytest.raises(UserError, match="^no$"):
+        common.in_processes(refuse, [(1,), (2,)])
+
+
+def refuse(_):
+    """A job that cannot be done."""
+    raise UserError("no")

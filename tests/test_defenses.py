@@ -1,12 +1,15 @@
 """Vaccine, RepNoise, Booster and random noise, each against its own formula."""
 
+import functools
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common import UserError, collate
+from conftest import TINY_FLAGS
 
 BRIEF = "--device cpu --pretrain-steps 20 --epochs 1 --align-epochs 1".split()
 
@@ -112,24 +115,17 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
 
 
-def test_a_defence_is_the_same_alone_as_beside_others_in_a_process_of_its_own(s2, tiny_data):
-    flags = ["--run", str(tiny_data), *BRIEF]
-    beside = s2.main([*flags, "--defense", "sft", "repnoise"])
-    alone = s2.main([*flags, "--defense", "repnoise"])
+def test_a_defence_is_the_same_alone_as_beside_others_in_a_process_of_its_own(
+    s2, tiny_run, tmp_path
+):
+    folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
+    beside = tiny_run[1]["02_finetune"]  # sft and booster, each in its process
+    flags = TINY_FLAGS["02_finetune"].replace("sft booster", "booster").split()
+    alone = s2.main(["--run", str(folder), "--device", "cpu", *flags])
     for kind in ("aligned", "finetuned"):
-        first, second = beside[kind]["repnoise"], alone[kind]["repnoise"]
+        first, second = beside[kind]["booster"], alone[kind]["booster"]
         assert all(torch.equal(first[k], second[k]) for k in first)
         assert not all(torch.equal(first[k], beside[kind]["sft"][k]) for k in first)
-
-
-def test_one_after_the_other_is_the_same_as_in_processes(s2, tiny_data, monkeypatch):
-    flags = ["--run", str(tiny_data), *BRIEF, "--defense", "sft", "booster"]
-    in_processes = s2.main(flags)
-    monkeypatch.setattr(s2, "in_processes", lambda function, jobs: [function(*j) for j in jobs])
-    in_turn = s2.main(flags)
-    for defense in ("sft", "booster"):
-        first, second = (x["finetuned"][defense] for x in (in_processes, in_turn))
-        assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path, monkeypatch):
@@ -251,7 +247,6 @@ def test_a_model_without_linear_layers_is_refused_with_those_it_has(s2):
 def tried(s2, tiny_data, model, **c):
     """try_model on a model, with the tiny data's rows in the toy's tokens."""
     data = torch.load(tiny_data / "01_data.pt", weights_only=True)
-    tokenizer = s2.toy_tokenizer([f"w{i}" for i in range(3)])  # every word is unknown: it will do
     tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *data["vocab"][4:60]])
     tokenizer.padding_side = "left"
     model.generation_config.eos_token_id = [2]
@@ -284,8 +279,16 @@ def test_layers_whose_weights_are_read_directly_are_refused_before_training(s2, 
 
 def test_a_model_that_sees_the_padding_is_refused(s2, tiny_data):
     model = arch("Llama")
-    plain = model.model.forward
-    model.model.forward = lambda *a, attention_mask=None, **k: plain(*a, **k)
+    plain = model.forward
+
+    @functools.wraps(plain)  # generate reads the signature
+    def forward(*args, **kwargs):
+        out, mask = plain(*args, **kwargs), kwargs.get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        out.logits = out.logits.roll(padding, -1)  # padding anywhere changes every word
+        return out
+
+    model.forward = forward
     with pytest.raises(UserError, match="answers a prompt differently beside another one"):
         tried(s2, tiny_data, model)
 

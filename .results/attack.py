@@ -1,0 +1,92 @@
+"""How deep is the alignment, how hard the attack? Chosen by the aligned and attacked model alone.
+
+    python .results/attack.py 100 101 102 103 104 105      the toy's tuning seeds, 3 minutes each
+
+Depth: one alignment (plain, sft), looked at after each number of epochs: refusals on held-out
+harmful prompts, the mean probability of a refusal's tokens, look-alikes answered. Strength: from
+the chosen depth, the user's data at each learning rate, and the accuracy on the user's task. No
+repair is looked at. Writes .results/attack/seedN.json; .results/README.md states the rule.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import common  # noqa: E402  (the project is on the path now)
+
+DEPTHS = (2, 4, 8, 12, 16)
+LRS = (1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4)
+
+
+def look(seed, depth, task):
+    """The rows of one seed: aligned at each depth, attacked from `depth` at each rate."""
+    s1, s2, s5 = (importlib.import_module(n) for n in ("01_data", "02_finetune", "05_evaluate"))
+    run = common.Run(HERE.parent / "runs/lab/attack" / f"{task}-seed{seed}")
+    data = s1.main(["--run", str(run.folder), "--seed", str(seed), "--task", task])
+    c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy")}
+    c.update(common.resolve(None, s5.FLAGS, "toy"), align_epochs=max(DEPTHS), snapshots=0)
+    device = common.pick_device("cpu", "toy")
+    s2.pretrain(run, data, c, device)
+    model, tokenizer = common.load_model(run, data, device)
+    plain, _ = common.load_model(run, data, device)
+    judge = s5.make_judge("auto", data, device)
+    w, examples = s2.adapt(model, tokenizer, data, c)
+    refusals = [{**row, "response": row["refusal"]} for row in data["test_harmful"]]
+    refusals = common.encode(tokenizer, refusals, c["max_length"], c["template"])
+
+    def scored(weights, **row):
+        tests = ("test_harmful", "test_task", "test_benign")
+        texts = s5.answer_tests(plain, tokenizer, data, weights, c, tests)
+        scores = s5.score(judge, data, {name: answers for name, (answers, _) in texts.items()})
+        kept = {key: scores[key] for key in ("outcomes", "fa", "benign")}
+        h = s2.mean_loss(model, examples["test_harmful"], tokenizer.pad_token_id, device, 50)
+        return {"seed": seed, "task": task, **row, **kept, "h": h}
+
+    # one alignment of most epochs, which begins as every shorter one does; stopped on the way
+    per_epoch, rows, at_depth = s2.steps_of(examples["alignment"], c["align_batch_size"], 1), [], {}
+    torch.manual_seed(seed)
+    batches = common.draw_batches(
+        examples["alignment"], c["align_batch_size"], seed, c["align_epochs"]
+    )
+    pairs = ((common.collate(b, tokenizer.pad_token_id, device), None) for b in batches)
+    steps = per_epoch * c["align_epochs"]
+    for step, _ in s2.train(model, w, s2.sft_rule, pairs, steps, c["align_lr"], c, "align"):
+        if step % per_epoch == 0 and step // per_epoch in DEPTHS:
+            weights = s2.copy_of(w)
+            a = s2.mean_loss(model, refusals, tokenizer.pad_token_id, device, 50)
+            row = scored(weights, model="aligned", depth=step // per_epoch)
+            rows.append({**row, "probability": math.exp(-a)})
+            at_depth[step // per_epoch] = weights
+    for lr in LRS:
+        s2.put(w, at_depth[depth])
+        pad_id = tokenizer.pad_token_id
+        s2.attack(model, w, "sft", examples, pad_id, {**c, "lr": lr})
+        weights = s2.copy_of(w)
+        far = s2.global_norm([weights[k] - at_depth[depth][k] for k in weights]).item()
+        rows.append({**scored(weights, model="finetuned", depth=depth, lr=lr), "distance": far})
+    return rows
+
+
+def main(argv=None):
+    """Look at some seeds, and keep what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seeds", nargs="+", type=int, metavar="SEED")
+    parser.add_argument("--depth", type=int, default=12, help="alignment's epochs, attacked (12)")
+    parser.add_argument("--task", default="sst2")
+    args = parser.parse_args(argv)
+    for seed in args.seeds:
+        rows = look(seed, args.depth, args.task)
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        path = HERE / "attack" / f"{args.task}-seed{seed}.json"
+        common.write_whole(path, lambda new: new.write_text(f"[\n{lines}\n]\n"))
+
+
+if __name__ == "__main__":
+    common.run_stage(main)

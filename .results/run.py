@@ -1,0 +1,193 @@
+"""Make the runs behind the tables: `python .results/run.py NAME`, two at a time, one thread each.
+
+NAME is one of those that --list prints, each with its number of runs. A run is the six stages in
+runs/lab/NAME/RUN; its results.json and layers.json are then kept, a row a line, in
+.results/NAME/RUN. A run that is kept already is not made again, so that an interrupted command
+goes on where it was. Runs of one seed share the toy's base model, which depends on it alone.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
+LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4".split()  # attack strengths of the map, weak to complete
+SFT = "--defense sft --snapshots 0"
+FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
+LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
+
+
+def job(name, **flags):
+    """(name of a run, {stage number: flags}); given as s1="--seed 3", s2=..."""
+    return name, {int(key[1:]): text for key, text in flags.items()}
+
+
+def with_flags(jobs, common):
+    """The jobs with the flags of `common`, {stage: text}, put before their own."""
+    return [
+        (name, {k: f"{common.get(k, '')} {flags.get(k, '')}".strip() for k in range(1, 7)})
+        for name, flags in jobs
+    ]
+
+
+def experiments():
+    """{name: jobs}."""
+    tuned, seeds = range(100, 106), range(10)
+    found = {"toy": [job(f"seed{s}", s1=f"--seed {s}") for s in seeds]}
+    found["toy-tasks"] = with_flags(
+        [
+            job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}")
+            for s in range(5)
+            for task in ("gsm8k", "agnews", "alpaca")
+        ]
+        + [job(f"gemma2-seed{s}", s1=f"--seed {s} --model toy-gemma2") for s in range(5)],
+        LEAN,
+    )
+    found["toy-poison"] = with_flags(
+        [
+            job(f"p{p}-seed{s}", s1=f"--seed {s} --poison-ratio {p}")
+            for s in range(5)
+            for p in ("0", "0.05", "0.15", "0.2")
+        ],
+        LEAN,
+    )
+    for task in ("sst2", "agnews"):
+        found[f"map-{task}"] = with_flags(
+            [
+                job(f"lr{lr}-seed{s}", s1=f"--seed {s} --task {task}", s2=f"--lr {lr}")
+                for s in range(5)
+                for lr in LRS
+            ],
+            {2: SFT, **FEW},
+        )
+    found["map-depth"] = with_flags(
+        [
+            job(f"epochs{d}-seed{s}", s1=f"--seed {s}", s2=f"--align-epochs {d}")
+            for s in range(5)
+            for d in (2, 4, 8, 16)
+        ],
+        {2: SFT, **FEW},
+    )
+    found["map-lam"] = with_flags(
+        [
+            job(f"lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
+            for s in range(5)
+            for lam in ("0.003", "0.05")
+        ],
+        {2: SFT, **FEW},
+    )
+    # Panacea's eight settings: rho x lam here, the scale in stage 5
+    scales = {5: "--scale 0.25 0.5 0.75 1 1.5 2 --no-causal", 3: FEW[3]}
+    found["tuning-panacea"] = with_flags(
+        [
+            job(f"lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
+            for s in tuned
+            for lam in ("0.003", "0.015", "0.05")
+        ],
+        {2: SFT, 4: "--radius 0 --realign-lr 0", **scales},
+    )
+    found["tuning-repairs"] = with_flags(
+        [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
+        {
+            2: SFT,
+            3: "--std .04 .05 .06 .065 .07 .08 .09 .1 --t .1 .2 .3 .4 .5 .6 .7 .8 "
+            "--share .001 .002 .005 .01 .02 .03 .05 .1",
+            4: "--anchored-terms a h-a h-a-g --radius .1 .2 .3 .5 --anchored-steps 5 10 "
+            "--realign-terms a a+g --realign-lr 1.5e-4 3e-4 6e-4 1e-3 --realign-steps 10 20",
+            5: "--scale 1 --no-causal",
+        },
+    )
+    found["laptop-sst2"] = [job(f"seed{s}", s1=f"--preset laptop --seed {s}") for s in range(3)]
+    found["laptop-agnews"] = with_flags(
+        [job(f"seed{s}", s1=f"--preset laptop --task agnews --seed {s}") for s in range(3)],
+        {5: "--no-causal"},
+    )
+    return found
+
+
+def compact(content):
+    """results.json or layers.json as text with one row a line, so that a diff shows rows."""
+    rows = {key: value for key, value in content.items() if isinstance(value, list)}
+    parts = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items() if k not in rows]
+    for key, values in rows.items():
+        lines = ",\n".join(json.dumps(rounded(value)) for value in values)
+        parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def rounded(value):
+    """Numbers with six digits, which is more than any table shows."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    return [rounded(x) for x in value] if isinstance(value, list) else value
+
+
+def make(experiment, name, flags, more):
+    """One run, stage after stage; keeps its results and returns None, or what went wrong."""
+    kept, folder = HERE / experiment / name, ROOT / "runs/lab" / experiment / name
+    if (kept / "results.json").is_file():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    base, seed = folder / "02_base", flags[1]
+    model = "gemma2" if "toy-gemma2" in seed else "llama"
+    words = seed.split()
+    number = words[words.index("--seed") + 1]
+    stored = ROOT / "runs/lab/bases" / f"{model}-{number}"
+    if stored.is_dir() and not base.is_dir():
+        shutil.copytree(stored, base)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        for k, stage in enumerate(STAGES, 1):
+            command = [sys.executable, str(ROOT / f"{stage}.py"), "--run", str(folder)]
+            command += flags.get(k, "").split() + (more.split() if k == 1 else [])
+            result = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+            if result.returncode:
+                return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
+            if k == 2 and base.is_dir() and not stored.is_dir():
+                shutil.copytree(base, stored, dirs_exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("results.json", "layers.json"):
+        if (folder / file).is_file():
+            (kept / file).write_text(compact(json.loads((folder / file).read_text())))
+    return None
+
+
+def main(argv=None):
+    """Make the runs of one or several experiments."""
+    known = experiments()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*known, []], metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name has TEXT")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
+    parser.add_argument("--more", default="", metavar="FLAGS", help="more flags for stage 1")
+    args = parser.parse_args(argv)
+    if args.list or not args.names:
+        for name, jobs in known.items():
+            print(f"  {name:16} {len(jobs):3} runs")
+        return
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [
+            pool.submit(make, experiment, name, flags, args.more)
+            for experiment in args.names
+            for name, flags in known[experiment]
+            if args.only in name
+        ]
+        for done in tqdm(as_completed(waiting), total=len(waiting), desc="runs"):
+            if done.result():
+                print(done.result(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
