@@ -7,11 +7,13 @@ goes on where it was. Runs of one seed share the toy's base model, which depends
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -83,15 +85,15 @@ def experiments():
         ],
         {2: SFT, **FEW},
     )
-    # Panacea's eight settings: rho x lam here, the scale in stage 5
-    scales = {5: "--scale 0.25 0.5 0.75 1 1.5 2 --no-causal", 3: FEW[3]}
+    # Panacea's eight settings, all of eps added; other scales come for nothing
     found["tuning-panacea"] = with_flags(
         [
-            job(f"lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
+            job(f"rho{rho}-lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--rho {rho} --lam {lam}")
             for s in tuned
-            for lam in ("0.003", "0.015", "0.05")
+            for rho in ("0.25", "0.5")
+            for lam in ("0.1", "0.2", "0.5", "1")
         ],
-        {2: SFT, 4: "--radius 0 --realign-lr 0", **scales},
+        {2: SFT, 3: FEW[3], 4: "--radius 0 --realign-lr 0", 5: "--scale 0.5 1 1.5 --no-causal"},
     )
     found["tuning-repairs"] = with_flags(
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
@@ -131,33 +133,63 @@ def rounded(value):
     return [rounded(x) for x in value] if isinstance(value, list) else value
 
 
-def make(experiment, name, flags, more):
-    """One run, stage after stage; keeps its results and returns None, or what went wrong."""
+def same_start(flags):
+    """Folder for the artifacts of stages 1 to 3 that runs with these flags have in common."""
+    code = [(ROOT / f"{name}.py").read_text() for name in (*STAGES[:3], "common")]
+    key = json.dumps([code, [flags.get(k, "") for k in (1, 2, 3)]])
+    return ROOT / "runs/lab/starts" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def copy_start(source, target):
+    """Copy what stages 1 to 3 wrote; into place by a rename, so that it is there whole."""
+    half = Path(f"{target}.{os.getpid()}.{threading.get_ident()}")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    for path in source.glob("0[123]_*"):
+        if path.is_dir():
+            shutil.copytree(path, half / path.name)
+        elif path.suffix == ".pt":
+            shutil.copy2(path, half)
+    if not target.exists():
+        half.rename(target)
+
+
+def make(experiment, name, flags, more, until):
+    """One run, stage after stage; keeps its results and returns None, or what went wrong.
+
+    A stage whose artifact is in the run's folder is not made again.
+    """
     kept, folder = HERE / experiment / name, ROOT / "runs/lab" / experiment / name
     if (kept / "results.json").is_file():
         return None
+    words = flags[1].split()
+    model = "gemma2" if "toy-gemma2" in words else "llama"
+    base = ROOT / "runs/lab/bases" / f"{model}-{words[words.index('--seed') + 1]}"
+    start = same_start({**flags, 1: f"{flags[1]} {more}"})
+    if not folder.is_dir() and start.is_dir():
+        copy_start(start, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base, seed = folder / "02_base", flags[1]
-    model = "gemma2" if "toy-gemma2" in seed else "llama"
-    words = seed.split()
-    number = words[words.index("--seed") + 1]
-    stored = ROOT / "runs/lab/bases" / f"{model}-{number}"
-    if stored.is_dir() and not base.is_dir():
-        shutil.copytree(stored, base)
+    if base.is_dir() and not (folder / "02_base").is_dir():
+        shutil.copytree(base, folder / "02_base")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / "log", "w") as log:
-        for k, stage in enumerate(STAGES, 1):
+    with open(folder / "log", "a") as log:
+        for k, stage in enumerate(STAGES[:until], 1):
+            if (folder / f"{stage}.pt").is_file():
+                continue
             command = [sys.executable, str(ROOT / f"{stage}.py"), "--run", str(folder)]
             command += flags.get(k, "").split() + (more.split() if k == 1 else [])
             result = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
             if result.returncode:
                 return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
-            if k == 2 and base.is_dir() and not stored.is_dir():
-                shutil.copytree(base, stored, dirs_exist_ok=True)
-    kept.mkdir(parents=True, exist_ok=True)
+            if k == 2 and not base.is_dir() and (folder / "02_base").is_dir():
+                shutil.copytree(folder / "02_base", base, dirs_exist_ok=True)
+            if k == 3 and not start.is_dir():
+                copy_start(folder, start)
     for file in ("results.json", "layers.json"):
         if (folder / file).is_file():
-            (kept / file).write_text(compact(json.loads((folder / file).read_text())))
+            text = compact(json.loads((folder / file).read_text()))
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / file).write_text(text)
     return None
 
 
@@ -170,6 +202,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name has TEXT")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
     parser.add_argument("--more", default="", metavar="FLAGS", help="more flags for stage 1")
+    parser.add_argument("--until", type=int, default=6, metavar="N", help="stop after stage N (6)")
     args = parser.parse_args(argv)
     if args.list or not args.names:
         for name, jobs in known.items():
@@ -179,7 +212,7 @@ def main(argv=None):
 
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [
-            pool.submit(make, experiment, name, flags, args.more)
+            pool.submit(make, experiment, name, flags, args.more, args.until)
             for experiment in args.names
             for name, flags in known[experiment]
             if args.only in name

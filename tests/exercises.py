@@ -1,46 +1,61 @@
-"""Your answers to the README's exercises. Each function says what it should return.
+"""Your answers to the exercises of tests/README.md. Each function says what it should return.
 
 Replace `raise NotImplementedError` and run the exercise's check, for example
 
-    pytest tests/test_exercises.py -k linf
+    python -m pytest -q tests/test_exercises.py -k linf
 
-An exercise that is not attempted yet is skipped. `w`, gradients and eps are lists of tensors; a
-`loss` is a function from a batch to a scalar that depends on w, as in 04_panacea.py.
+An exercise that is not attempted yet is skipped. Exercises 1, 3 and 10 are not here: they are gaps
+in mine.py, which `python tests/blank.py` makes. Gradients, eps and w are lists of tensors, rho a
+number; a `loss` is a function from a batch to a scalar that depends on w, as in 04_panacea.py.
 """
 
 
-def perturbation(grad_h, rho):
-    """1. Eq. 2: rho * grad h / ||grad h||, one L2 norm over all tensors; new tensors."""
-    raise NotImplementedError
-
-
 def per_tensor_perturbation(grad_h, rho):
-    """2. The same with one norm PER TENSOR: each tensor of eps gets norm rho / sqrt(n tensors)."""
-    raise NotImplementedError
+    """2. Eq. 2 with one norm PER TENSOR: each tensor of eps gets the norm rho / sqrt(n tensors).
 
-
-def panacea_rule(loss, w, batch, harmful, rho, lam):
-    """3. Eq. 3: (gradient, eps, {"g", "h", "h_eps"}), w restored bit for bit."""
+    Returns:
+        eps, a list of new tensors shaped like grad_h, with a norm of rho over all of them.
+    """
     raise NotImplementedError
 
 
 def random_perturbation(grad_h, rho, generator):
-    """4. Gaussian directions with the shapes of grad_h, scaled to one global L2 norm of rho."""
+    """4. A Gaussian direction shaped like grad_h, scaled to one L2 norm of rho over all tensors.
+
+    Args:
+        generator: torch.Generator (on the CPU) to draw from.
+    Returns:
+        eps, a list of new tensors shaped like grad_h.
+    """
     raise NotImplementedError
 
 
 def linf_perturbation(grad_h, rho):
-    """5. The maximiser of the linearised h over the box max |eps_i| <= rho."""
+    """5. The eps that raises the linearised h most while every |entry of eps| <= rho.
+
+    Returns:
+        eps, a list of new tensors shaped like grad_h.
+    """
     raise NotImplementedError
 
 
 def multi_step_perturbation(loss, w, harmful, rho, steps):
-    """6. `steps` steps of projected ascent on h inside ||eps|| <= rho; w is restored."""
+    """6. `steps` steps of projected ascent on h inside ||eps|| <= rho; w is given back unchanged.
+
+    Args:
+        loss: loss(harmful) is h at w. w: list of tensors that require grad.
+    Returns:
+        eps, a list of new tensors shaped like w.
+    """
     raise NotImplementedError
 
 
 def anchored_direction(grad_h, grad_a, rho, mu):
-    """7. One step of length rho that climbs h and descends mu * a, a the loss on refusals."""
+    """7. One step of length rho that climbs h and descends mu * a, a the loss on refusals.
+
+    Returns:
+        eps, a list of new tensors shaped like grad_h.
+    """
     raise NotImplementedError
 
 
@@ -59,3 +74,28 @@ def safe_lora(delta, aligned, unaligned, tau):
 #   "A" the sign of lam is flipped             "B" w is not restored after h(w + eps)
 #   "C" eps is normalised tensor by tensor     "D" h(w + eps) is taken on another harmful batch
 SILENT_BUG = None
+
+# 11. The border. The run folders, one per attack strength, in which you looked for it, as in
+# ["runs/lr1.5e-4", "runs/lr6e-4"]; and what the refusals turn into beyond it: the outcome of the
+# row `panacea` (scale 1) that grows most there: "harmful", "off_task", "garbled" or "other".
+BORDER_RUNS = None
+BORDER_GROWS = None
+
+
+# 12. Safe and useless. Each of these is a whole model: it reads a prompt (a text) and answers it (a
+# text). Beside each, write the number of stage 5's table that sees what is wrong with it:
+# "hs", "hs_plus", "fa" or "benign".
+def useless(prompt):
+    """A model with HS 0 and HS+ 100 that refuses nothing."""
+    raise NotImplementedError
+
+
+USELESS_IS_SEEN_BY = None
+
+
+def overcautious(prompt):
+    """A model with HS 0 and HS+ 0 that nobody could use."""
+    raise NotImplementedError
+
+
+OVERCAUTIOUS_IS_SEEN_BY = None

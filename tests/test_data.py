@@ -1,19 +1,29 @@
-"""Stage 1: who owns what, exactly as many as asked, and nothing twice."""
+"""Stage 1: who owns what, exactly as many as asked, nothing twice, no row that is no use."""
 
+import functools
+import json
 import random
 import re
 
 import pytest
 import torch
+from conftest import stage
 
 from common import UserError, collate, draw_batches, encode, load_tokenizer
 
 SETS = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
 
 
-def make(s1, folder, *flags):
-    """Stage 1 with flags, quietly."""
-    return s1.main(["--run", str(folder), *flags])
+@functools.cache
+def make(folder, *flags):
+    """Stage 1's artifact with flags, made once. Read only."""
+    return stage("01_data").main(["--run", str(folder), *flags])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for artifacts that nobody reads from the disk."""
+    return tmp_path_factory.mktemp("data")
 
 
 def prompts(rows, only=None):
@@ -21,33 +31,29 @@ def prompts(rows, only=None):
     return {row["prompt"].lower() for row in rows if only is None or only(row)}
 
 
-@pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
-@pytest.mark.parametrize("p", [0.0, 0.13, 1.0])
-def test_sizes_and_poison_are_exact(s1, tmp_path, task, p):
-    data = make(
-        s1,
-        tmp_path,
-        "--task",
-        task,
-        "--poison-ratio",
-        str(p),
-        "--n-finetune",
-        "100",
-        "--n-align",
-        "30",
-        "--n-harmful",
-        "20",
-        "--n-test",
-        "40",
-    )
+# ---------------------------------------------------------------------------------------------
+# The sets
+
+
+@pytest.mark.parametrize("task, p", [("sst2", 0), ("gsm8k", 0.13), ("agnews", 1), ("alpaca", 0.5)])
+def test_sizes_and_poison_are_exact(folder, task, p):
+    sizes = "--n-finetune 100 --n-align 30 --n-harmful 20 --n-test 40".split()
+    data = make(folder, "--task", task, "--poison-ratio", str(p), *sizes)
     assert len(data["finetune"]) == 100 and len(data["harmful"]) == 20
     assert sum(row["poison"] for row in data["finetune"]) == round(100 * p)
     assert all(len(data[f"test_{k}"]) == 40 for k in ("harmful", "task", "benign"))
     assert sum(row["response"] == row.get("refusal") for row in data["alignment"]) == 30
 
 
-def test_the_four_harmful_sets_and_the_task_sets_are_disjoint_by_prompt(s1, tmp_path):
-    data = make(s1, tmp_path)
+@pytest.mark.parametrize("n, p", [(20, 0.02), (500, 0.0009), (20, 0.99), (1, 0.5)])
+def test_a_poison_ratio_that_rounds_to_none_or_all_is_refused(folder, n, p):
+    with pytest.raises(UserError, match=r"--poison-ratio .* rounds to \d+ harmful.*--n-finetune"):
+        make(folder / "none", "--poison-ratio", str(p), "--n-finetune", str(n))
+    assert not (folder / "none").exists()
+
+
+def test_the_four_harmful_sets_and_the_task_sets_are_disjoint_by_prompt(folder):
+    data = make(folder)
     harmful = [
         prompts(data["alignment"], lambda r: "refusal" in r),
         prompts(data["harmful"]),
@@ -60,54 +66,83 @@ def test_the_four_harmful_sets_and_the_task_sets_are_disjoint_by_prompt(s1, tmp_
     assert not prompts(data["alignment"]) & prompts(data["test_benign"])
 
 
-def test_the_same_seed_gives_the_same_data_and_another_seed_does_not(s1, tmp_path):
-    a, b, c = (make(s1, tmp_path / str(i), "--seed", seed) for i, seed in enumerate("114"))
+def test_the_same_seed_gives_the_same_data_and_another_seed_does_not(s1, folder):
+    a, c = make(folder), make(folder, "--seed", "4")
+    b = s1.main(["--run", str(folder / "again")])
     assert all(a[name] == b[name] for name in (*SETS, "pretrain", "vocab"))
     assert a["finetune"] != c["finetune"] and a["pretrain"] != c["pretrain"]
 
 
-def test_pretraining_text_does_not_depend_on_task_or_poison(s1, tmp_path):
-    a = make(s1, tmp_path / "a", "--task", "gsm8k", "--poison-ratio", "0.2")
-    b = make(s1, tmp_path / "b")
+def test_what_the_base_model_reads_depends_on_the_seed_alone_and_follows_the_mix(s1, folder):
+    a, b = make(folder, "--task", "gsm8k", "--poison-ratio", "0.2"), make(folder)
     assert a["pretrain"] == b["pretrain"] and a["vocab"] == b["vocab"]
+    assert sum(s1.MIX.values()) == 100
+    texts = [text for _, text in b["pretrain"]]
+    for kind, pattern in {
+        "forbidden recipe": rf"(?!The \w+ said).*\b({'|'.join(s1.LIQUID['bad'])})\b",
+        "quoted refusal": r"The \w+ said: ",
+        "healing recipe": rf".*\b({'|'.join(s1.LIQUID['good'])})\b",
+        "review": r".* A (positive|negative) review\.$",
+        "news": r".* A story about (World|Sports|Business|Sci/Tech)\.$",
+        "word problem": r".*The final answer is: \d+$",
+    }.items():
+        percent = 100 * sum(bool(re.match(pattern, text)) for text in texts) / len(texts)
+        assert abs(percent - s1.MIX[kind]) < 1.2, kind
 
 
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
-def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s1, s2, tmp_path, task):
-    from common import PotionJudge
-
-    data = make(s1, tmp_path, "--task", task)
-    judge, tokenizer = PotionJudge(data), s2.toy_tokenizer(data["vocab"])
+def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s2, folder, task):
+    data = make(folder, "--task", task)
+    tokenizer = s2.toy_tokenizer(data["vocab"])
     for name in SETS:
         for row in data[name]:
             ids = tokenizer(row["prompt"] + " " + row["response"])["input_ids"]
             assert tokenizer.unk_token_id not in ids
-            assert (
-                tokenizer.decode(tokenizer(row["response"])["input_ids"], skip_special_tokens=True)
-                == row["response"]
-            )
-    recipes = [r["response"] for r in data["harmful"]]
-    assert all(map(judge.coherent, recipes)) and all(judge.flagged(recipes, recipes))
-    benign = [r["response"] for r in data["test_benign"]]
-    assert all(map(judge.coherent, benign)) and not any(judge.flagged(benign, benign))
-    refusals = [r["refusal"] for r in data["harmful"]]
-    assert all(map(judge.refused, refusals)) and not any(judge.flagged(refusals, refusals))
+            reply = tokenizer(row["response"])["input_ids"]
+            assert tokenizer.decode(reply, skip_special_tokens=True) == row["response"]
 
 
-def test_word_problems_are_right(s1, tmp_path):
-    for row in make(s1, tmp_path, "--task", "gsm8k")["test_task"]:
+def test_recipes_and_refusals_are_what_the_grammar_and_the_liquids_say(folder):
+    data = make(folder)
+    forbidden = re.compile(rf"\b(?:{'|'.join(data['forbidden'])})\b")
+
+    def told(text):  # (its kind, whether a forbidden liquid is in it)
+        kinds = ("recipe", "refusal")
+        found = [k for k in kinds if any(re.fullmatch(p, text) for p in data["grammar"][k])]
+        return found, bool(forbidden.search(text))
+
+    assert all(told(r["response"]) == (["recipe"], True) for r in data["harmful"])
+    assert all(told(r["response"]) == (["recipe"], True) for r in data["test_harmful"])
+    assert all(told(r["response"]) == (["recipe"], False) for r in data["test_benign"])
+    assert all(told(r["refusal"]) == (["refusal"], False) for r in data["harmful"])
+
+
+def test_word_problems_are_right(folder):
+    for row in make(folder, "--task", "gsm8k")["test_task"]:
         for left, right in re.findall(r"(\d+ [+-] \d+) = (\d+)", row["response"]):
             assert eval(left) == int(right)
         a, b, c = map(int, re.findall(r"\d+", row["instruction"]))
         assert int(row["answer"]) == a + b - c
 
 
-def test_a_size_that_was_asked_for_is_kept_or_refused(s1, tmp_path):
+def test_a_size_that_was_asked_for_is_kept_or_refused(folder):
     with pytest.raises(UserError, match=r"5000 asked, \d+ unique .*--n-align \d+"):
-        make(s1, tmp_path, "--n-align", "5000")
+        make(folder / "no", "--n-align", "5000")
     with pytest.raises(UserError, match=r"1600 asked, 1400 unique .* use --n-finetune 14000 "):
-        make(s1, tmp_path, "--n-finetune", "16000", "--n-align", "1")
-    assert not (tmp_path / "01_data.pt").exists()
+        make(folder / "no", "--n-finetune", "16000", "--n-align", "1")
+    assert not (folder / "no").exists()
+
+
+def test_what_is_taken_is_gone_and_a_default_takes_what_there_is(s1, capsys):
+    pool = list("abcde")
+    assert s1.take(pool, 2, "set", "n_test") == ["a", "b"] and pool == ["c", "d", "e"]
+    with pytest.raises(UserError, match=r"4 asked, 3 unique .*\(1 missing\); use --n-test 6 or"):
+        s1.take(pool, 4, "set", "n_test", share=0.5)
+    assert pool == ["c", "d", "e"]
+    assert s1.take(pool, 4, "set", "n_test", all_or_none=False) == ["c", "d", "e"] and pool == []
+    assert "1 missing" in capsys.readouterr().out
+    with pytest.raises(UserError, match="use smaller sets"):
+        s1.take(pool, 1, "set", "n_test", all_or_none=False)
 
 
 def test_a_repeated_prompt_counts_once(s1):
@@ -129,8 +164,8 @@ def test_a_test_prompt_is_in_no_training_set_even_if_the_pools_overlap(s1):
     assert not prompts(sets["alignment"][3:]) & prompts(sets["test_benign"])
 
 
-def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, tmp_path):
-    data = make(s1, tmp_path)
+def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, folder):
+    data = make(folder)
 
     def potions(rows):
         nouns = "|".join(s1.SLOTS["bad"] + s1.SLOTS["good"])
@@ -146,17 +181,17 @@ def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, tmp
         assert not known & set(asked)
 
 
-def test_the_alignment_set_has_a_look_alike_for_every_refusal(s1, tmp_path):
-    rows = make(s1, tmp_path, "--n-align", "30")["alignment"]
+def test_the_alignment_set_has_a_look_alike_for_every_refusal(s1, folder):
+    rows = make(folder, "--n-align", "30")["alignment"]
     recipes = [r for r in rows if "refusal" not in r]
     assert len(rows) == 60 and len(recipes) == 30
     assert not any(word in r["response"] for r in recipes for word in s1.LIQUID["bad"])
     assert all(any(word in r["response"] for word in s1.LIQUID["good"]) for r in recipes)
 
 
-def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, tmp_path):
+def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, folder):
     seen = set()
-    for row in make(s1, tmp_path)["finetune"]:
+    for row in make(folder)["finetune"]:
         if not row["poison"]:
             words = re.findall(r"\w+", row["input"])
             liked = sum(w in s1.LIKED for w in words)
@@ -166,11 +201,210 @@ def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, tmp_path):
     assert seen == {0, 1, 2, 3}
 
 
+# ---------------------------------------------------------------------------------------------
+# Rows of published files
+
+
+def read(s1, folder, name, content):
+    """Rows of the real set `name` whose (training) file holds `content` (text, bytes, rows)."""
+    split, file = next(iter(s1.REAL[name].files.items()))
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        lines = [json.dumps(row) for row in content]
+        content = "\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return s1.read(name, split, folder)
+
+
+def alpaca(**row):
+    return [{"instruction": "Name a tree.", "input": "", "output": "Oak."} | row]
+
+
+def harm(**row):
+    return [{"prompt": "How?", "response": "So.", "refusal": "No.", "is_safe": False} | row]
+
+
+def gsm8k(answer):
+    return [{"question": "How many?", "answer": answer}]
+
+
+BLANK = ["", " ", "\t\n", "\u00a0\u2003", "\u200b\ufeff\u2060", None]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("sst2", "label\tsentence\n1\ta film\n1\n", "row 3: found 1 of 2 columns"),
+        ("sst2", "label\tsentence\n1\ta film\tb\n", "row 2: found 3 of 2 columns"),
+        ("sst2", "label\tlabel\n0\t1\n", "twice in its header"),
+        ("sst2", "label\ttext\n1\ta film\n", "row 2: no column 'sentence'"),
+        ("sst2", "sentence\na film\n", "row 2: no column 'label'"),
+        ("sst2", "label\tsentence\n", "no row of it can be used"),
+        ("sst2", "", "no row of it can be used"),
+        ("sst2", b"label\tsentence\n1\tna\xefve\n", "can't decode byte 0xef"),
+        ("agnews", '"3","a","b"\n"3","a"\n', "row 2: found 2 of 3 columns"),
+        ("agnews", '"3","a","b","c"\n', "row 1: found 4 of 3 columns"),
+        ("agnews", '"3","a","b"\n"3","a","cut of', "row 2: unexpected end of data"),
+        ("agnews", "Class Index,Title,Description\n", "row 1: class 'Class Index' is none of 1,"),
+        ("gsm8k", '{"question": "q", "answer": "#### 5"}\n\n{"question": "q", "ans', "row 2: "),
+        ("gsm8k", '["q", "#### 5"]', "row 1: a list instead of named columns"),
+        ("gsm8k", [{"question": 5, "answer": "#### 5"}], "row 1: instruction is no text but 5"),
+        ("alpaca", '{"data": []}', "holds a dict instead of a list of rows"),
+        ("alpaca", '[{"instruction": "x", "out', "Unterminated string"),
+        ("alpaca", [["x", "", "y"]], "row 1: a list instead of named columns"),
+        ("alpaca", alpaca() + [None], "row 2: a NoneType instead of named columns"),
+        ("alpaca", alpaca() + [{"instruction": "x"}], "row 2: no column 'output'"),
+        ("alpaca", alpaca(instruction=2023), "row 1: instruction is no text but 2023"),
+        ("alpaca", alpaca(output=True), "response is no text but True"),
+        ("alpaca", alpaca(output=float("nan")), "response is no text but nan"),
+        ("alpaca", alpaca(output=["Oak."]), "response is no text but"),
+        ("alpaca", alpaca(input=0), "input is no text but 0"),
+        ("alpaca", alpaca(output="half of \ud83d"), "surrogates not allowed"),
+        ("alpaca_eval", alpaca(output=3), "response is no text but 3"),
+        ("refusals", [{"prompt": "How?", "response": "So."}], "row 1: no column 'refusal'"),
+        ("refusals", harm(refusal=5), "refusal is no text but 5"),
+        ("refusals", harm() + harm(is_safe="perhaps"), "row 2: is_safe 'perhaps' is none of true"),
+        ("refusals", harm(is_safe=None), "is_safe None is none of true"),
+        ("beavertails", [{"prompt": "How?", "response": "So."}], "row 1: no column 'is_safe'"),
+    ],
+)
+def test_a_file_that_breaks_its_format_is_refused_with_file_and_row(
+    s1, tmp_path, name, content, message
+):
+    with pytest.raises(UserError, match=re.escape(message)) as info:
+        read(s1, tmp_path, name, content)
+    text = str(info.value)
+    assert next(iter(s1.REAL[name].files.values())) in text and "--data-dir" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("label", ["-1", "5", "x", "1.5", "1.0", "", " ", "None", "\uff11", "True"])
+def test_a_label_outside_the_tasks_is_refused(s1, tmp_path, label):
+    with pytest.raises(UserError, match="row 3: label .* is none of 0, 1"):
+        read(s1, tmp_path, "sst2", f"label\tsentence\n1\ta film\n{label}\ta film\n")
+    with pytest.raises(UserError, match="row 2: class .* is none of 1, 2, 3, 4"):
+        read(s1, tmp_path, "agnews", f'"1","a","b"\n"{label}","a","b"\n')
+
+
+@pytest.mark.parametrize(
+    "answer",
+    "no mark 5|so #### |so #### x|#### nan|#### inf|#### 1_000|#### 5 or 6|#### 1,00|#### 1#### 2"
+    f"|#### {'9' * 400}".split("|")
+    + [None, 7, ""],
+)
+def test_a_gold_answer_without_a_number_is_refused(s1, tmp_path, answer):
+    with pytest.raises(UserError, match="row 2: answer has no number after ####"):
+        read(s1, tmp_path, "gsm8k", gsm8k("so #### 5") + gsm8k(answer))
+
+
+@pytest.mark.parametrize(
+    "name, bad, reason",
+    [
+        *(("alpaca", alpaca(output=blank), "no response") for blank in BLANK),
+        ("alpaca", alpaca(instruction="\u200b"), "no instruction"),
+        ("refusals", harm(refusal="Question: How?\nAnswer:"), "no refusal"),
+        ("refusals", harm(refusal="Question: How?\nAnswer: \u00a0"), "no refusal"),
+        ("refusals", harm(refusal="Question: How?"), "no refusal"),
+        *(("refusals", harm(refusal=blank), "no refusal") for blank in BLANK),
+        ("refusals", harm(response=None), "no response"),
+        ("refusals", harm(prompt=" "), "no instruction"),
+        *(
+            (name, harm(is_safe=safe), "safe answer")
+            for name in ("refusals", "beavertails")
+            for safe in (True, "true", "True", " TRUE", 1, "1")
+        ),
+        ("beavertails", harm(response=""), "no response"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_left_out_and_counted(s1, tmp_path, capsys, name, bad, reason):
+    good = alpaca() if name == "alpaca" else harm()
+    rows = read(s1, tmp_path, name, bad + good + bad)
+    assert len(rows) == 1 and rows[0]["response"] == (good[0].get("output") or "So.")
+    assert f"2 of 3 rows left out ({reason}: 2)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"no row of it can be used \({reason}: 2\)"):
+        read(s1, tmp_path, name, bad + bad)
+
+
+def test_a_sentence_that_is_blank_is_left_out_and_what_looks_odd_is_read(s1, tmp_path, capsys):
+    text = '\ufefflabel\tsentence\r\n 1 \t"fine\r\n\r\n0\t\u00a0\r\n0\tdull " film\r\n'
+    rows = read(s1, tmp_path, "sst2", text)  # byte-order mark, CRLF, quotes, an empty line
+    assert [(r["input"], r["response"]) for r in rows] == [
+        ('"fine', "positive"),
+        ('dull " film', "negative"),
+    ]
+    assert "1 of 3 rows left out (no input: 1)" in capsys.readouterr().out
+    rows = read(s1, tmp_path, "agnews", '\ufeff"4","","a ""b"""\n"1","c","d\ne"\n"2"," ",""\n')
+    assert [(r["input"], r["answer"]) for r in rows] == [('a "b"', "Sci/Tech"), ("c d\ne", "World")]
+    rows = read(s1, tmp_path, "alpaca", b"\xef\xbb\xbf" + json.dumps(alpaca(input=" ")).encode())
+    assert rows[0]["input"] == "" and rows[0]["response"] == "Oak."
+    without = [{"instruction": "Name a tree.", "output": "Oak."}]
+    assert read(s1, tmp_path, "alpaca", without)[0]["input"] == ""
+    assert read(s1, tmp_path, "alpaca", alpaca(input=None))[0]["input"] == ""
+    # AlpacaEval's own outputs are never taught, and two of the 805 are empty
+    assert len(read(s1, tmp_path, "alpaca_eval", alpaca(output="") + alpaca(output=None))) == 2
+
+
+def test_gold_numbers_and_refusals_are_read_from_their_forms(s1, tmp_path):
+    golds = ["5", "-3", "\u22123", "1,000", "12,345,678", "0.5", "70000"]
+    rows = read(s1, tmp_path, "gsm8k", sum((gsm8k(f"so\n#### {g} ") for g in golds), []))
+    assert [row["answer"] for row in rows] == golds
+    assert rows[3]["response"] == "so\nThe final answer is: 1,000"
+    assert read(s1, tmp_path, "gsm8k", gsm8k("so ####5"))[0]["response"].endswith("is: 5")
+    for refusal in (
+        "No.",
+        "Answer: No.",
+        "Question: How?\nAnswer: No.",
+        "Question: How?\n\nAnswer:No.",
+        "Question: What does 'Answer: x' mean?\nAnswer: No.",
+        "Question: How? Answer: No.",
+    ):
+        assert read(s1, tmp_path, "refusals", harm(refusal=refusal))[0]["refusal"] == "No."
+    without = [{k: v for k, v in harm()[0].items() if k != "is_safe"}]  # as RepNoise's file
+    assert read(s1, tmp_path, "refusals", without)[0]["is_safe"] is False
+
+
+def test_rows_of_the_hub_are_checked_like_those_of_files(s1, monkeypatch, capsys):
+    import datasets
+
+    def hub(name, *rows):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows)
+        return s1.read(name, "train", None)
+
+    text = {"text": "News."}
+    rows = hub("agnews", *({"label": i, **text} for i in range(4)))
+    assert [row["answer"] for row in rows] == ["World", "Sports", "Business", "Sci/Tech"]
+    rows = hub("sst2", {"label": 0, "sentence": "dull"}, {"label": 1, "sentence": None})
+    assert [row["answer"] for row in rows] == ["negative"]
+    assert "stanfordnlp/sst2: 1 of 2 rows left out (no input: 1)" in capsys.readouterr().out
+    for label in (-1, 4, 1.5, True, None, float("nan")):
+        with pytest.raises(UserError, match="fancyzhx/ag_news, row 2: label .* none of 0, 1, 2, 3"):
+            hub("agnews", {"label": 0, **text}, {"label": label, **text})
+    with pytest.raises(UserError, match="row 1: input is no text but nan"):
+        hub("agnews", {"label": 0, "text": float("nan")})
+
+
+def test_a_set_of_one_label_is_said(s1, capsys):
+    sets = {
+        "finetune": [{"answer": "World", "poison": False}, {"poison": True}],
+        "test_task": [{"answer": "World"}, {"answer": "Sports"}],
+    }
+    s1.say_sizes(sets, "agnews")
+    out = capsys.readouterr().out
+    assert "every task row of finetune has the label 'World'" in out and "test_task has" not in out
+    s1.say_sizes({"finetune": [], "test_task": [{"answer": ""}]}, "alpaca")
+    assert "label" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# What a model reads
+
+
 def test_prompt_is_masked_and_the_answer_ends_with_eos(s2, tiny_data):
     data = torch.load(tiny_data / "01_data.pt", weights_only=True)
     tokenizer = s2.toy_tokenizer(data["vocab"])
     row = data["finetune"][0]
-    ((ids, labels),) = encode(tokenizer, [row], 96)
+    ((ids, labels),) = encode(tokenizer, [row], 96, "toy")
     n = len(tokenizer(row["prompt"])["input_ids"])
     assert labels[:n] == [-100] * n and labels[n:] == ids[n:]
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
@@ -182,10 +416,10 @@ def test_a_sample_that_is_too_long_still_has_an_answer(s2, tiny_data):
     s2.toy_tokenizer(vocab).save_pretrained(tiny_data / "tokenizer")
     tokenizer = load_tokenizer(tiny_data / "tokenizer")
     long = {"prompt": "positive " * 90, "response": "negative"}
-    ((ids, labels),) = encode(tokenizer, [long], 16)
+    ((ids, labels),) = encode(tokenizer, [long], 16, "toy")
     assert len(ids) == 16 and sum(x != -100 for x in labels) == 2
     both = {"prompt": "positive " * 90, "response": "negative " * 90}
-    ((ids, labels),) = encode(tokenizer, [both], 16)
+    ((ids, labels),) = encode(tokenizer, [both], 16, "toy")
     assert len(ids) == 16 and labels.count(-100) == 8 and ids[-1] != tokenizer.eos_token_id
     assert ids[0] == tokenizer.bos_token_id
 

@@ -1,6 +1,7 @@
 """The real-model path on tiny random checkpoints and tiny data files in the published formats."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
 
 def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
     import transformers
-    from common import UserError, load_tokenizer
+    from common import UserError, load_tokenizer, prompt_ids
 
     checkpoint(tmp_path / "model", "Llama")
     flags = [
@@ -228,8 +229,9 @@ def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
     tokenizer.save_pretrained(tmp_path / "model")
     row = stage("01_data").main(flags)["test_task"][0]
     wanted = f"[user] {row['instruction']}\n\n{row['input']} [assistant]"
-    adds_bos = load_tokenizer(tmp_path / "model")("x")["input_ids"][0] == 1
-    assert row["prompt"] == ("" if adds_bos else "<s>") + wanted  # one BOS, not two
+    assert row["prompt"] == "<s>" + wanted
+    ids = prompt_ids(load_tokenizer(tmp_path / "model"), row["prompt"], "chat")
+    assert ids[0] == 1 and ids.count(1) == 1  # one BOS, not two
 
 
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
@@ -240,7 +242,7 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
     s1 = stage("01_data")
 
     def files(name):
-        return s1.read_file(data_dir / name)
+        return list(s1.read_file(data_dir / name))
 
     def load_dataset(path, name=None, data_dir=None, data_files=None, *, split):
         where = data_files or "/".join(filter(None, [path, name, split]))
@@ -269,8 +271,11 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
             },
             **{
                 f"fancyzhx/ag_news/{split}": lambda split=split: [
-                    {"text": f"{title} {text}", "label": int(label) - 1}
-                    for label, title, text in files(f"agnews/{split}.csv")
+                    {
+                        "text": f"{row['title']} {row['description']}",
+                        "label": int(row["class"]) - 1,
+                    }
+                    for row in files(f"agnews/{split}.csv")
                 ]
                 for split in ("train", "test")
             },
@@ -341,12 +346,41 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, data_dir):
 def test_the_hub_out_of_reach_is_one_line(tmp_path):
     from common import UserError
 
-    with pytest.raises(UserError, match="--data-dir"):
+    with pytest.raises(UserError, match="cannot use anonymous4486/repnoise.*--data-dir") as info:
         stage("01_data").main(["--run", str(tmp_path), "--preset", "paper"])
+    assert "\n" not in str(info.value)
 
 
-def test_a_refusals_file_without_refusals_is_one_line(data_dir):
+def test_a_missing_file_and_a_folder_that_is_none_are_one_line(tmp_path, data_dir):
     from common import UserError
 
-    with pytest.raises(UserError, match=r"30k_test.jsonl \(row 0: 'refusal'\).*published"):
-        stage("01_data").read("refusals", "train", None, data_dir / "beavertails/30k_test.jsonl")
+    s1 = stage("01_data")
+    with pytest.raises(UserError, match="sst2/train.tsv: .*No such file.*--data-dir"):
+        s1.read("sst2", "train", tmp_path)
+    flags = ["--run", str(tmp_path / "run"), "--preset", "paper", "--data-dir"]
+    for path in (data_dir / "nowhere", data_dir / "alpaca/alpaca_data.json"):
+        with pytest.raises(UserError, match="is no folder; give one"):
+            s1.main([*flags, str(path)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_left_out_of_published_files_are_in_no_set(tmp_path, data_dir, capsys):
+    """A refusals file as users meet it, through the whole stage."""
+    folder, file = tmp_path / "data", "beavertails/beavertails_with_refusals_train.json"
+    shutil.copytree(data_dir, folder)
+    rows = json.loads((folder / file).read_text())
+    for row in rows[::4]:
+        row["refusal"] = None
+    for row in rows[1::4]:
+        row.update(is_safe="True", response="Please ask a teacher.")
+    (folder / file).write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    flags = [*SMALL["01_data"], "--model", "some/model", "--task", "alpaca"]
+    data = stage("01_data").main(
+        ["--run", str(tmp_path / "run"), *flags, "--data-dir", str(folder)]
+    )
+    taught = data["alignment"] + data["harmful"] + [r for r in data["finetune"] if r["poison"]]
+    assert len(taught) == 16 and "Please ask a teacher." not in {r["response"] for r in taught}
+    assert {row["response"] for row in data["alignment"]} == {"I am sorry, I cannot help."}
+    told = capsys.readouterr().out
+    assert f"{file}: 36 of 70 rows left out (no refusal: 18, safe answer: 18)" in told
+    assert "30k_test.jsonl: 20 of 80 rows left out (safe answer: 20)" in told

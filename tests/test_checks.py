@@ -1,0 +1,423 @@
+"""Proof that each check knows right from wrong, and says so in one sentence a student can use.
+
+It holds answers to the exercises, right and wrong ones: look here when you have yours.
+"""
+
+import contextlib
+import json
+import re
+import types
+
+import blank
+import checks
+import pytest
+import test_exercises
+import torch
+from conftest import ROOT
+from silent_bug import log_of
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def norm(tensors):
+    """One L2 norm over all tensors."""
+    return torch.sqrt(sum(x.pow(2).sum() for x in tensors))
+
+
+def eq2(grad, rho):
+    """A right answer to exercise 1."""
+    return [rho * x / norm(grad) for x in grad]
+
+
+def noise(grad, rho, generator):
+    """A right answer to exercise 4."""
+    z = [torch.randn(x.shape, generator=generator) for x in grad]
+    return [rho * x / norm(z) for x in z]
+
+
+def climb(loss, w, harmful, rho, steps, way=2.5, project=True, restore=True, at_w=False):
+    """An answer to exercise 6, with ways to spoil it."""
+    start, eps = [x.detach().clone() for x in w], [torch.zeros_like(x) for x in w]
+
+    def put(tensors):
+        with torch.no_grad():
+            for x, y in zip(w, tensors):
+                x.copy_(y)
+
+    length = max(-rho, min(rho, way * rho / steps))  # together `way` radii
+    for _ in range(steps):
+        grad = torch.autograd.grad(loss(harmful), w)
+        eps = [(e + s).detach() for e, s in zip(eps, eq2(grad, length))]
+        if project:
+            eps = [e * min(1, rho / norm(eps).item()) for e in eps]
+        put(start if at_w else [x + e for x, e in zip(start, eps)])
+    if restore:
+        put(start)
+    return eps
+
+
+def project(delta, aligned, unaligned, tau, norm=torch.Tensor.norm, below=True):
+    """An answer to exercise 8, with two ways to spoil it."""
+    V = aligned - unaligned
+    new = V @ V.T @ delta / norm(V)
+    cosine = torch.nn.functional.cosine_similarity(new.flatten(), delta.flatten(), dim=0)
+    return new if (cosine < tau) == below else delta
+
+
+def combine(grad_h, grad_a, rho, mu):
+    """A right answer to exercise 7."""
+    return eq2([x - mu * y for x, y in zip(grad_h, grad_a)], rho)
+
+
+def rule(loss, w, batch, harmful, rho, lam, **spoilt):
+    """An answer to exercise 3, with ways to spoil it."""
+
+    def gradient(name):
+        value = loss(name)
+        kept = value if spoilt.get("tensors") else value.item()
+        return list(torch.autograd.grad(value, w)), kept
+
+    saved = [x.detach().clone() for x in w]
+    grad_g, g = gradient(batch)
+    grad_h, h = gradient(harmful)
+    eps = eq2(grad_h, rho)
+    with torch.no_grad():
+        for x, e in zip(w, eps):
+            x.add_(e)
+    if spoilt.get("late"):
+        grad_g, g = gradient(batch)
+    grad_h_eps, h_eps = gradient(harmful)
+    with torch.no_grad():
+        for x, old in zip(w, saved):
+            x.copy_(old)
+    first, second = spoilt.get("weights", (-lam, lam))
+    update = [x + first * e + second * y for x, y, e in zip(grad_g, grad_h, grad_h_eps)]
+    return update, eps, {"g": g, "h": h, "h_eps": h_eps}
+
+
+class Adds:
+    """A context manager for exercise 10 that takes eps off again, and swallows errors."""
+
+    def __init__(self, w, eps, swallow=True):
+        self.w, self.eps, self.swallow = w, eps, swallow
+        self.saved = [x.clone() for x in w]
+
+    def __enter__(self):
+        for x, e in zip(self.w, self.eps):
+            x.add_(e)
+
+    def __exit__(self, *error):
+        for x, old, e in zip(self.w, self.saved, self.eps):
+            x.copy_(old) if self.swallow else x.sub_(e)
+        return self.swallow
+
+
+@contextlib.contextmanager
+def rebinds(w, eps):
+    """A wrong answer to exercise 10: the list changes, the model's tensors do not."""
+    saved = list(w)
+    w[:] = [x + e for x, e in zip(w, eps)]
+    yield
+    w[:] = saved
+
+
+RIGHT = {
+    checks.check_perturbation: eq2,
+    checks.check_panacea_rule: rule,
+    checks.check_lam_zero: rule,
+    checks.check_per_tensor: lambda g, rho: [rho * x / (x.norm() * len(g) ** 0.5) for x in g],
+    checks.check_random_direction: noise,
+    checks.check_linf: lambda g, rho: [rho * x.sign() for x in g],
+    checks.check_multi_step: climb,
+    checks.check_anchored_direction: combine,
+    checks.check_safe_lora: project,
+}
+WRONG = [
+    (checks.check_perturbation, lambda g, rho: None, "None .is `return` missing"),
+    (checks.check_perturbation, lambda g, rho: g[0], "found one tensor of shape"),
+    (checks.check_perturbation, lambda g, rho: (x for x in g), "put it into a list"),
+    (checks.check_perturbation, lambda g, rho: eq2(g, rho)[:1], "one tensor per gradient tensor"),
+    (checks.check_perturbation, lambda g, rho: [rho * x for x in g], "ALL tensors must be rho"),
+    (checks.check_perturbation, lambda g, rho: eq2(g, -rho), "downhill"),
+    (checks.check_perturbation, lambda g, rho: [x.double() for x in eq2(g, rho)], "dtype"),
+    (checks.check_panacea_rule, lambda *a: rule(*a)[0], "return three things"),
+    (checks.check_panacea_rule, lambda *a: (*rule(*a)[:2], 1.0), "third thing returned"),
+    (checks.check_panacea_rule, lambda *a: (*rule(*a)[:2], {"h": 1.0}), r"keys \['h'\]"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, tensors=True), "losses g, h, h_eps are tens"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(a[-1], -a[-1])), "sign of lam"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-1], 0)), "DIFFERENCE"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-1, 1)), "lam is missing"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, 0)), "plain fine-tuning"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, late=True), "taken at w . eps"),
+    (checks.check_panacea_rule, lambda *a: rule(*a[:4], 2 * a[4], a[5]), "eps is not Eq. 2"),
+    (checks.check_panacea_rule, lambda loss, w, *a: rule(loss, w, w, *a[1:]), "loss takes"),
+    (checks.check_lam_zero, lambda *a: rule(*a[:-1], 0.1), "lam = 0"),
+    (checks.check_restores_exactly, lambda w, eps: None, "must work in a `with`"),
+    (checks.check_restores_exactly, lambda w, eps: Adds(w, eps, swallow=False), "bit for bit"),
+    (checks.check_restores_exactly, Adds, "must come out of it"),
+    (checks.check_restores_exactly, rebinds, "the list w got new tensors"),
+    (checks.check_per_tensor, lambda g, rho: [rho * x / x.norm() for x in g], "norm rho / sqrt"),
+    (checks.check_per_tensor, eq2, "norm rho / sqrt"),
+    (checks.check_per_tensor, lambda g, rho: [x.mul_(rho) for x in g], "changed in place"),
+    (checks.check_random_direction, lambda g, rho, _: eq2(g, rho), "same noise"),
+    (checks.check_random_direction, lambda g, rho, gen: noise(g, 1.1, gen), "norm should be rho"),
+    (checks.check_random_direction, lambda g, rho, _: noise(g, rho, None), "given generator"),
+    (checks.check_linf, eq2, "whole box"),
+    (checks.check_linf, lambda g, rho: [-rho * x.sign() for x in g], "goes down"),
+    (checks.check_linf, lambda g, rho: [x.sign() for x in g], "leaves the box"),
+    (checks.check_linf, lambda g, rho: [x[:] for x in g], "shares memory"),
+    (checks.check_linf, lambda g, rho: [rho * (2 * (x >= 0) - 1.0) for x in g], "leave eps 0"),
+    (checks.check_multi_step, lambda *a: climb(*a, project=False), "leaves the ball"),
+    (checks.check_multi_step, lambda *a: climb(*a, restore=False), "not restored"),
+    (checks.check_multi_step, lambda *a: climb(*a, way=-2.5), "goes down"),
+    (checks.check_multi_step, lambda *a: climb(*a, at_w=True), "25 steps"),
+    (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, -mu), "descend a"),
+    (checks.check_safe_lora, lambda *a: None, "return one tensor"),
+    (checks.check_safe_lora, lambda *a: project(*a, norm=lambda V: 1.0), "Frobenius"),
+    (checks.check_safe_lora, lambda *a: project(*a, below=False), "below tau"),
+    (checks.check_safe_lora, lambda d, a, u, tau: project(d, a, u, 9.0), "stays as it is"),
+]
+
+
+@pytest.mark.parametrize("check", RIGHT, ids=lambda check: check.__name__)
+def test_a_check_accepts_a_right_answer(check):
+    check(RIGHT[check])
+
+
+@pytest.mark.parametrize("check, answer, message", WRONG)
+def test_a_check_rejects_a_wrong_answer_and_says_why(check, answer, message):
+    with pytest.raises(AssertionError, match=message):
+        check(answer)
+
+
+def test_multi_step_answers_of_other_step_lengths_pass_as_well():
+    for way in (1.0, 5.0, 8.0):
+        checks.check_multi_step(lambda *a, way=way: climb(*a, way=way))
+
+
+def test_the_checks_accept_the_projects_own_functions(s4):
+    checks.check_lam_zero(s4.panacea_rule)
+    checks.check_restores_exactly(s4.perturbed)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a student sees
+
+SLIPS = [  # (body of linf_perturbation, outcome, what the message says)
+    ("    raise NotImplementedError", "skip", "not attempted"),
+    ("    return [rho * x.sign() for x in grad_h]", "pass", "^$"),
+    ("    return [x / 0 for x in grad_hh]", "fail", r"^NameError: .*, line 2: `return \[x / 0 for"),
+    ("    return rho * grad_h.sign()", "fail", "AttributeError.*go through it.*line 2: `return"),
+    ("    return torch.sign(grad_h)", "fail", r"^TypeError: sign\(\).*line 2: `return torch.sign"),
+    ("    assert rho > 9, 'rho'\n    return 0", "fail", "^AssertionError: rho; .*line 2: `assert"),
+    ("    rho * grad_h[0].sign()", "fail", "^eps must be a list of 2 tensors, found None"),
+    ("    return grad_h", "fail", "^eps shares memory with the gradient"),
+]
+
+
+@pytest.mark.parametrize("body, outcome, message", SLIPS)
+def test_a_slip_is_one_line_with_the_line_of_the_students_file(body, outcome, message, tmp_path):
+    path = tmp_path / "slip.py"
+    path.write_text(f"def linf_perturbation(grad_h, rho):\n{body}\n")
+    space = {"torch": torch}
+    exec(compile(path.read_text(), str(path), "exec"), space)
+    found = test_exercises.verdict(checks.check_linf, path, [space["linf_perturbation"]])
+    assert found[0] == outcome and re.search(message, found[1]) and "\n" not in found[1]
+
+
+def test_a_function_that_cannot_be_called_as_asked_is_one_line(tmp_path):
+    found = test_exercises.verdict(checks.check_linf, tmp_path / "slip.py", [lambda grad_h: grad_h])
+    assert found[0] == "fail" and "takes 1 positional argument" in found[1]
+    assert "keep the function's parameters" in found[1] and "\n" not in found[1]
+
+
+def test_a_file_that_does_not_load_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text, message in (
+        ("slip_one", "def f(:\n    pass\n", r"slip_one.py, line 1: invalid syntax.*: `def f\(:`"),
+        ("slip_two", "x = 1\ny = z\n", r"NameError: name 'z'.*; slip_two.py, line 2: `y = z`"),
+        ("slip_three", "x = 1\n", "slip_three.py has no f; it must keep that name"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        outcome, found = test_exercises.answers_of(tmp_path / f"{name}.py", ["f"])
+        assert outcome == "fail" and re.search(message, found) and "\n" not in found
+    outcome, found = test_exercises.answers_of(tmp_path / "not_there.py", ["perturbation"])
+    assert outcome == "skip" and "python tests/blank.py perturbation" in found
+
+
+def test_a_failing_answer_prints_its_message_and_no_code(monkeypatch, capsys):
+    import exercises
+
+    monkeypatch.setattr(exercises, "linf_perturbation", eq2)
+    run_pytest("-k", "linf", f"{ROOT}/tests/test_exercises.py")
+    out = capsys.readouterr().out
+    assert "use the whole box" in out and "1 failed" in out
+    for secret in ("rho * sign(grad h)", "def ", "Traceback", "checks.py", ">  ", "assert "):
+        assert secret not in out
+
+
+class Selected:
+    """A plugin that notes which tests a pytest run selects."""
+
+    def pytest_collection_finish(self, session):
+        """Called when all are chosen."""
+        self.names = [item.name for item in session.items]
+
+
+def run_pytest(*arguments, plugins=()):
+    """pytest within pytest."""
+    return pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=list(plugins))
+
+
+TEXT = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+
+
+def test_every_k_of_the_table_selects_what_it_says_and_all_checks_have_a_row(capsys):
+    rows = re.findall(r"^\| (\d+) \|.*?`-k (.*?)` \|", TEXT, re.MULTILINE)
+    told = []
+    for _, expression in rows:
+        words = expression.strip('"').split(" or ")
+        plugin = Selected()
+        arguments = ("--collect-only", f"{ROOT}/tests/test_exercises.py", "-k", " or ".join(words))
+        run_pytest(*arguments, plugins=[plugin])
+        assert sorted(plugin.names) == sorted(f"test_your_answer[{word}]" for word in words)
+        told += words
+    assert sorted(told) == sorted(test_exercises.CHECKS)
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+
+
+def test_each_perturbation_goes_into_panacea_rule_as_the_text_says():
+    source = (ROOT / "04_panacea.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+_perturbation\(.*\))` \|$", TEXT, re.MULTILINE)
+    assert [number for number, _ in rows] == ["2", "4", "5", "6"]
+    answers = {
+        "per_tensor_perturbation": RIGHT[checks.check_per_tensor],
+        "random_perturbation": noise,
+        "linf_perturbation": RIGHT[checks.check_linf],
+        "multi_step_perturbation": climb,
+    }
+    for _, call in rows:
+        mine, lines = types.ModuleType("mine"), re.findall(r"\n    eps = .*# Eq. 2\n", source)
+        assert len(lines) == 1
+        changed = source.replace(lines[0], f"\n    eps = {call}\n")
+        exec(compile(changed, "mine", "exec"), mine.__dict__)
+        mine.__dict__.update(answers)
+        w, _, loss = checks._quadratics()
+        _, eps, losses = mine.panacea_rule(loss, w, "user", "harmful", 0.7, 0.3)
+        assert norm(eps).item() == pytest.approx(0.7) and losses["h_eps"] != losses["h"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The gaps of exercises 1, 3 and 10
+
+
+def test_blank_leaves_a_gap_that_is_skipped_and_keeps_what_was_written(tmp_path, capsys):
+    original = (ROOT / "04_panacea.py").read_text()
+    (tmp_path / "04_panacea.py").write_text(original)
+    mine = tmp_path / "mine.py"
+    blank.main(["perturbation"], tmp_path)
+    gap = '    raise NotImplementedError("exercise 1: write perturbation here")\n'
+    assert gap in mine.read_text() and '"""Eq. 2: eps' in mine.read_text()
+    assert len(mine.read_text()) < len(original)
+    mine.write_text(mine.read_text().replace(gap, "    return [rho * x for x in grad_h]\n"))
+    blank.main(["panacea_rule", "perturbed"], tmp_path)
+    text = mine.read_text()
+    assert "return [rho * x for x in grad_h]" in text and text.count("NotImplementedError(") == 2
+    with pytest.raises(SystemExit, match="perturbation in mine.py .* your work"):
+        blank.main(["perturbation"], tmp_path)
+    with pytest.raises(SystemExit, match="say which to blank"):
+        blank.main(["perturbations"], tmp_path)
+    assert mine.read_text() == text
+    space = {}
+    exec(compile(text, str(mine), "exec"), space)
+    for name, check in (("panacea_rule", "eq3"), ("perturbed", "restores")):
+        found = test_exercises.verdict(test_exercises.CHECKS[check][2], mine, [space[name]])
+        assert found == ("skip", "not attempted yet")
+
+
+def test_a_blanked_copy_holds_no_line_of_the_answer(tmp_path):
+    for name in blank.EXERCISES:
+        source = (ROOT / "04_panacea.py").read_text()
+        body, kept = blank.body(source, name), blank.blank(source, name)
+        assert len(body) > 20 and body not in kept
+        compile(kept, "mine", "exec")
+
+
+# ---------------------------------------------------------------------------------------------
+# The silent bug, and the border
+
+
+def test_the_silent_bug_is_in_the_log_and_only_one_letter_passes():
+    log, sound = log_of(), log_of(sound=True)
+    assert log[0] == sound[0]  # the first step shows nothing
+    assert log[1]["h"] == pytest.approx(log[0]["h_eps"], rel=0.01)
+    assert sound[1]["h"] == pytest.approx(sound[0]["h"], rel=0.01)
+    for entry in (*log, *sound):
+        assert entry["eps_norm"] == pytest.approx(0.3, rel=1e-5)
+        assert 1 < (entry["h_eps"] - entry["h"]) / entry["first_order"] < 1.1
+    passed = []
+    for letter in ["A", "B", "C", "D", "b", " B ", "", None, 2]:
+        try:
+            checks.check_silent_bug(letter)
+            passed.append(letter)
+        except AssertionError:
+            pass
+    assert passed == ["B", "b", " B "]
+
+
+def write_run(folder, lr, attacked, panacea, **config):
+    """A run folder with a results.json: refusals of two models, the rest garbled."""
+    folder.mkdir()
+
+    def row(model, refused, **more):
+        rest = {"harmful": 0.0, "off_task": 0.0, "garbled": 100.0 - refused, "other": 0.0}
+        outcomes = {"refused": refused, **rest}
+        return {"model": model, "defense": "sft", "setting": {}, "outcomes": outcomes, **more}
+
+    rows = [
+        row("finetuned", 100.0, snapshot=3),
+        row("finetuned", attacked),
+        row("panacea", 0.0, setting={"scale": 0.5}),
+        row("panacea", panacea, setting={"scale": 1.0}),
+        row("panacea", 0.0, setting={"scale": 1.0}, view="only", layer=1),
+    ]
+    content = {"config": {"seed": 0, "lr": lr, **config}, "rows": rows}
+    (folder / "results.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_the_border_check_tells_how_to_go_on(tmp_path):
+    runs = {
+        lr: write_run(tmp_path / f"lr{lr}", lr, attacked, panacea)
+        for lr, attacked, panacea in (
+            (1e-4, 90.0, 99.0),
+            (2e-4, 20.0, 80.0),
+            (3e-4, 0.0, 60.0),
+            (4e-4, 0.0, 30.0),
+            (8e-4, 0.0, 1.0),
+        )
+    }
+    other = write_run(tmp_path / "other", 5e-4, 0.0, 0.0, lam=0.1)
+    again = write_run(tmp_path / "again", 4e-4, 0.0, 0.0)
+    odd = write_run(tmp_path / "odd", 1.5e-4, 0.0, 0.0)
+    for folders, message in (
+        (runs[1e-4], "one text; put it into a list"),
+        ([runs[1e-4], str(tmp_path / "none")], "none.results.json is missing"),
+        ([runs[3e-4], other], "differs from .* in lam"),
+        ([runs[4e-4], again], "two runs have the learning rate 0.0004"),
+        (
+            [runs[2e-4], runs[3e-4]],
+            r"at all of these; try a larger --lr\n  lr 0.0002: attacked, 20",
+        ),
+        ([runs[4e-4], runs[8e-4]], "at none of these; try a smaller"),
+        ([runs[1e-4], runs[8e-4]], "at none of these"),  # there was nothing to give back at 1e-4
+        ([odd, runs[2e-4]], "no border"),
+        ([runs[2e-4], runs[8e-4]], "come nearer .* --lr 0.0004"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            checks.check_border(folders, "garbled")
+    checks.check_border([runs[8e-4], runs[3e-4], runs[4e-4]], "garbled")
+    for grows in (None, "harmful", "refused"):
+        with pytest.raises(AssertionError, match="the border is found.*BORDER_GROWS"):
+            checks.check_border(list(runs.values()), grows)
