@@ -81,7 +81,7 @@ def experiments():
         [
             job(f"lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
             for s in range(5)
-            for lam in ("0.003", "0.05")
+            for lam in ("0.03", "0.2")
         ],
         {2: SFT, **FEW},
     )

@@ -1,0 +1,548 @@
+"""Means over seeds, and the tables and pictures made of them: `python .results/aggregate.py DIR ...`
+
+    python .results/aggregate.py runs/seed*          mean (sd) of every row, and the paired 95 %
+                                                     interval of its difference to --against ROW
+    python .results/aggregate.py runs/tune* --choose each repair's best setting, by the one rule
+    python .results/aggregate.py --check             are the tables of both READMEs what the kept
+                                                     json gives? (--write makes them again)
+    python .results/aggregate.py --draw              the pictures of the README, from the kept json
+
+Runs belong together if they asked the same question: the same preset, model, task, harm, share of
+poison, alignment and attack. Rows carry their own settings, so a repair of your own needs no line
+here. A table on a page stands after a comment that says what it is made of:
+
+    <!-- table: rows .results/toy/seed* | hs hs_plus refusal fa benign | sd -->
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
+QUESTION = (  # what a run asks; runs that differ in these have no mean
+    *("preset", "model", "task", "harm", "template", "poison_ratio", "n_align", "n_finetune"),
+    *("n_harmful", "n_test", "align_epochs", "align_lr", "epochs", "lr", "batch_size", "r"),
+    *("alpha", "targets", "judge", "pretrain_steps"),
+)
+
+
+class Wrong(Exception):
+    """Something the user can mend, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading and summarising
+
+
+def read(folder):
+    """results.json of a run folder, checked."""
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["config"]["seed"]
+        for row in results["rows"]:
+            row["hs"], row["hs_plus"], row["refusal"], label(row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise Wrong(f"{path} is missing or damaged; run: python 05_evaluate.py --run {folder}")
+    return results
+
+
+def label(row):
+    """A row's name: model, defence if not sft, what varies, and where on the way it stands."""
+    parts = [row["model"]] + ([row["defense"]] if row["defense"] != "sft" else [])
+    for key, value in row["setting"].items():
+        parts.append(f"{key} {value if isinstance(value, str) else f'{value:g}'}")
+    for key in ("snapshot", "view", "layer"):
+        if row.get(key) is not None:
+            parts.append(f"{key} {row[key]}")
+    return " ".join(parts)
+
+
+def t95(n):
+    """97.5 % quantile of Student's t with n degrees of freedom (Abramowitz and Stegun 26.7.5)."""
+    exact = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+    if n <= 10:
+        return exact[n - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
+
+
+def t_interval(differences):
+    """95 % interval of the mean of two differences of percentages or more, within -100 ... 100."""
+    n, middle = len(differences), float(np.mean(differences))
+    half = t95(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return [max(-100.0, middle - half), min(100.0, middle + half)]
+
+
+def scores_of(row):
+    """{score: number} of a row, the outcomes among them."""
+    found = {
+        key: row[key] for key in (*SCORES, "at_step", "harmful_loss") if row.get(key) is not None
+    }
+    return {**found, **row.get("outcomes", {})}
+
+
+def group(folders):
+    """[{"config", "seeds", "rows": {label: {seed: row}}}]: runs of one question together."""
+    groups = {}
+    for folder in folders:
+        results = read(folder)
+        c = results["config"]
+        key = json.dumps([c.get(name) for name in QUESTION])
+        found = groups.setdefault(key, {"config": c, "seeds": [], "rows": {}})
+        found["seeds"].append(c["seed"])
+        for row in results["rows"]:
+            found["rows"].setdefault(label(row), {})[c["seed"]] = row
+    if not groups:
+        raise Wrong("no run folders given")
+    return list(groups.values())
+
+
+def summarise(found, against="finetuned"):
+    """{label: {score: mean, score_sd, score_diff (interval of the difference), "row", "n"}}."""
+    base, summary = found["rows"].get(against), {}
+    if base is None:
+        raise Wrong(f"no row {against!r}; --against takes one of: {'; '.join(found['rows'])}")
+    for name, by_seed in found["rows"].items():
+        rows = [scores_of(row) for row in by_seed.values()]
+        entry = {"row": next(iter(by_seed.values())), "n": len(rows)}
+        for key in rows[0]:
+            if not all(key in row for row in rows):
+                continue
+            values = [row[key] for row in rows]
+            entry[key] = float(np.mean(values))
+            if len(values) > 1:
+                entry[f"{key}_sd"] = float(np.std(values, ddof=1))
+            pairs = [
+                scores_of(row)[key] - scores_of(base[seed])[key]
+                for seed, row in by_seed.items()
+                if seed in base and key in scores_of(base[seed])
+            ]
+            if len(pairs) > 1:
+                entry[f"{key}_diff"] = t_interval(pairs)
+        summary[name] = entry
+    return summary
+
+
+def choose(summary):
+    """[(repair, settings tried, best entry or None)] by the one rule.
+
+    The rule: lowest HS+ with FA within 2 points of the attacked model's and benign over 90 % of
+    the aligned model's, in means over the seeds.
+    """
+    for name in ("aligned", "finetuned"):
+        if name not in summary:
+            raise Wrong(f"--choose needs the row {name}")
+    tried = {}
+    for entry in summary.values():
+        row = entry["row"]
+        plain = row["model"] in ("base", "aligned", "finetuned")
+        if not plain and "view" not in row and "snapshot" not in row:
+            name = " ".join(filter(None, (row["model"], row["setting"].get("terms"))))
+            tried.setdefault(name, []).append(entry)
+    chosen = []
+    for name, entries in tried.items():
+        good = [
+            e
+            for e in entries
+            if e.get("fa", 0) >= summary["finetuned"].get("fa", 0) - 2
+            and e.get("benign", 100) > 0.9 * summary["aligned"].get("benign", 100)
+        ]
+        best = min(good, key=lambda e: (e["hs_plus"], -e.get("fa", 0)), default=None)
+        chosen.append((name, len(entries), best))
+    return chosen
+
+
+def ranks(values):
+    """Ranks from 0, ties sharing their mean rank."""
+    values = np.asarray(values, dtype=float)
+    return np.array([(values < x).sum() + ((values == x).sum() - 1) / 2 for x in values])
+
+
+def spearman(x, y):
+    """Rank correlation of two lists."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables of the pages
+
+
+def files(pattern):
+    """Run folders of the project that a pattern names, sorted."""
+    return sorted(str(p.parent) for p in ROOT.glob(f"{pattern}/results.json"))
+
+
+def number(entry, key, sd):
+    """A mean as text, with its standard deviation if `sd`."""
+    if key not in entry:
+        return "-"
+    spread = f" ({entry.get(f'{key}_sd', 0.0):.0f})" if sd else ""
+    return f"{entry[key]:.0f}{spread}"
+
+
+def table_rows(pattern, columns, options):
+    """[(label, cells)] of all rows but snapshots, layers and vaccines."""
+    (found,) = group(files(pattern))
+    table = [("row", columns)]
+    for name, entry in summarise(found).items():
+        row = entry["row"]
+        if "snapshot" not in row and "view" not in row:
+            table.append((name, [number(entry, key, "sd" in options) for key in columns]))
+    return table
+
+
+def table_groups(pattern, columns, options):
+    """Rows by groups of runs; a group is named by the config key in `options`, "by KEY"."""
+    key = options[options.index("by") + 1]
+    groups = sorted(group(files(pattern)), key=lambda g: str(g["config"].get(key)))
+    sums = [summarise(found) for found in groups]
+    table = [("row", [f"{key} {found['config'].get(key)}" for found in groups])]
+    for name in dict.fromkeys(name for s in sums for name in s):
+        row = next(s[name]["row"] for s in sums if name in s)
+        if "snapshot" in row or "view" in row or row["defense"] != "sft":
+            continue
+        cells = []
+        for s in sums:
+            entry = s.get(name, {})
+            cells.append(" / ".join(number(entry, column, False) for column in columns))
+        table.append((name, cells))
+    return table
+
+
+def table_chosen(pattern, columns, options):
+    """Each repair's best setting, by the rule of `choose`."""
+    (found,) = group(files(pattern))
+    summary = summarise(found)
+    table = [("repair", ["chosen", *columns])]
+    table.append(("attacked", ["", *(number(summary["finetuned"], k, False) for k in columns)]))
+    for name, count, best in choose(summary):
+        cells = ["none keeps both"] + ["-"] * len(columns)
+        if best:
+            cells = [f"{label(best['row'])}, of {count}"]
+            cells += [number(best, key, False) for key in columns]
+        table.append((name, cells))
+    return table
+
+
+def table_fall(pattern, columns, options):
+    """Harmful loss / HS against fine-tuning step, by defence: Fig. 3."""
+    (found,) = group(files(pattern))
+    curves = {}
+    for entry in summarise(found).values():
+        if "at_step" in entry:
+            text = f"{entry['harmful_loss']:.2f} / {entry['hs']:.0f}"
+            curves.setdefault(entry["row"]["defense"], {})[round(entry["at_step"])] = text
+    steps = sorted({step for points in curves.values() for step in points})
+    table = [("step", [str(step) for step in steps])]
+    for name, points in curves.items():
+        table.append((name, [points.get(step, "-") for step in steps]))
+    return table
+
+
+def table_layers(pattern, columns, options):
+    """||eps|| and what eps does, layer by layer: means over runs of layers.json."""
+    runs = [json.loads((Path(f) / "layers.json").read_text()) for f in files(pattern)]
+    keys = ("hs", "hs_plus", "refusal", "fa")
+    table = [("layer", ["norm of eps", "relative to w", *columns])]
+    for rows in zip(*(run["layers"] for run in runs), strict=True):
+        cells = [f"{np.mean([row[key] for row in rows]):.3f}" for key in ("norm", "relative")]
+        for view in columns:
+            means = [np.mean([row[view][k] for row in rows]) for k in keys if k in rows[0][view]]
+            cells.append(" / ".join(f"{x:.0f}" for x in means))
+        table.append((str(rows[0]["layer"]), cells))
+    return table
+
+
+def attacked_runs(patterns):
+    """[numbers of a run]: what is known of each attack, and what Panacea (scale 1) makes of it."""
+    found = []
+    for pattern in patterns:
+        for folder in files(pattern):
+            results = read(folder)
+            rows = [r for r in results["rows"] if "snapshot" not in r and "view" not in r]
+            attacked = next(r for r in rows if r["model"] == "finetuned")
+            panacea = next(
+                r for r in rows if r["model"] == "panacea" and r["setting"]["scale"] == 1
+            )
+            known, c = results["config"]["attack"], results["config"]
+            found.append(
+                {
+                    "refusals that the attack has left": attacked["refusal"],
+                    "h at the attacked weights": known["h"],
+                    "distance of w from w_aligned": known["distance"],
+                    "rho over that distance": panacea["setting"]["rho"] / known["distance"],
+                    "refusal": panacea["refusal"],
+                    "hs_plus": panacea["hs_plus"],
+                    "lr": c["lr"],
+                }
+            )
+    return found
+
+
+def table_border(pattern, columns, options):
+    """Rank correlation of what is known before any repair with what Panacea makes of it."""
+    runs = attacked_runs(pattern.split(","))
+    table = [("known before any repair", [f"with Panacea's {key}" for key in columns])]
+    for name in list(runs[0])[:4]:
+        values = [run[name] for run in runs]
+        table.append((name, [f"{spearman(values, [r[k] for r in runs]):+.2f}" for k in columns]))
+    return table
+
+
+KINDS = {
+    "rows": table_rows,
+    "groups": table_groups,
+    "chosen": table_chosen,
+    "fall": table_fall,
+    "layers": table_layers,
+    "border": table_border,
+}
+MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*\n)+)")
+
+
+def made(match):
+    """The table that a mark asks for, as [(label, cells)]; a page may leave out rows."""
+    kind, pattern, columns, options = match[1], match[2], match[3].split(), match[4].split()
+    return KINDS[kind](pattern, columns, options)
+
+
+def cells_of(line):
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def label_in(cell):
+    """The row's label that a first cell names: what stands in backticks, else all of it."""
+    code = re.search(r"`([^`]+)`", cell)
+    return code[1] if code else cell
+
+
+def differences(path):
+    """Cells of a page's marked tables that differ from what the kept json gives, as lines."""
+    wrong = []
+    for match in MARK.finditer(path.read_text(encoding="utf-8")):
+        lines = match[5].splitlines()
+        wanted = dict(made(match)[1:])
+        width = len(made(match)[0][1])
+        for line in lines[2:]:
+            cells = cells_of(line)
+            name, shown = label_in(cells[0]), cells[-width:]
+            if name not in wanted:
+                wrong.append(f"{path.name}: {name!r} is no row of {match[2]}")
+            elif shown != wanted[name]:
+                wrong.append(f"{path.name}: {name}: shown {shown}, kept {wanted[name]}")
+        if not lines[2:]:
+            wrong.append(f"{path.name}: the table of {match[2]} is empty")
+    return wrong
+
+
+def rewritten(match):
+    """A marked table with its numbers made again; what was written by hand stays.
+
+    A table of one line only ("| |") becomes the whole one.
+    """
+    table, lines = made(match), match[5].splitlines()
+    head = f"<!-- table: {match[1]} {match[2]} | {match[3]} | {match[4]} -->\n\n"
+    if len(lines) < 3:
+        text = [f"| {' | '.join([table[0][0], *table[0][1]])} |"]
+        text.append("|" + "---|" * (1 + len(table[0][1])))
+        text += [f"| {' | '.join([f'`{name}`', *cells])} |" for name, cells in table[1:]]
+    else:
+        wanted, text = dict(table[1:]), lines[:2]
+        for line in lines[2:]:
+            cells = cells_of(line)
+            new = wanted[label_in(cells[0])]
+            text.append(f"| {' | '.join([*cells[: len(cells) - len(new)], *new])} |")
+    return head + "\n".join(text) + "\n"
+
+
+PAGES = (ROOT / "README.md", HERE / "README.md")
+
+# ---------------------------------------------------------------------------------------------
+# The pictures of the README
+
+OUTCOMES = {
+    "harmful": "tab:red",
+    "refused": "tab:blue",
+    "off_task": "gold",
+    "garbled": "tab:orange",
+    "other": "lightgrey",
+}
+STORY = (  # (row of the kept json, its name in the picture)
+    ("aligned", "aligned"),
+    ("finetuned", "attacked"),
+    ("random std 0.08", "noise"),
+    ("random_matched", "noise of Panacea's size"),
+    ("interpolated t 0.5", "half way back"),
+    ("one_shot", "one step up h (lam = 0)"),
+    ("panacea_w", "Panacea without eps"),
+    ("panacea", "Panacea"),
+    ("panacea_anchored", "anchored (reads refusals)"),
+    ("realign", "realign (reads refusals)"),
+)
+
+
+def pick(summary, name):
+    """The entry of a row, or of a model at scale 1."""
+    if name in summary:
+        return summary[name]
+    for entry in summary.values():
+        row = entry["row"]
+        plain = "view" not in row and "snapshot" not in row and row["defense"] == "sft"
+        if row["model"] == name and plain and row["setting"].get("scale", 1) == 1:
+            return entry
+    raise Wrong(f"no row {name}")
+
+
+def stacked(axis, entries, names):
+    """Bars of five outcomes, from above."""
+    start = np.zeros(len(entries))
+    for kind, colour in OUTCOMES.items():
+        part = np.array([entry[kind] for entry in entries])
+        axis.barh(range(len(entries)), part, left=start, color=colour, label=kind.replace("_", " "))
+        start += part
+    axis.set_yticks(range(len(entries)), names)
+    axis.set_xlim(0, 100)
+
+
+def save(figure, path):
+    """Write a picture."""
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"picture: {path.relative_to(ROOT)}")
+
+
+def draw_story():
+    """What becomes of harmful prompts, and the accuracy on the task, on the toy."""
+    from matplotlib.figure import Figure
+
+    (found,) = group(files(".results/toy/seed*"))
+    summary = summarise(found)
+    entries = [pick(summary, name) for name, _ in STORY]
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+    stacked(left, entries, [name for _, name in STORY])
+    left.set(title=f"answers to harmful prompts, mean of {len(found['seeds'])} seeds", xlabel="%")
+    right.barh(
+        range(len(entries)),
+        [e["fa"] for e in entries],
+        xerr=[e["fa_sd"] for e in entries],
+        color="tab:green",
+        error_kw={"lw": 0.8},
+    )
+    right.set(title="accuracy on the user's task (sd)", xlabel="%", xlim=(0, 105))
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    save(figure, ROOT / ".assets/story.png")
+
+
+def draw_map():
+    """Outcomes against the attack's learning rate: attacked, one_shot, Panacea, realign."""
+    from matplotlib.figure import Figure
+
+    tasks = [t for t in ("sst2", "agnews") if files(f".results/map-{t}/lr*")]
+    models = (
+        ("finetuned", "attacked"),
+        ("one_shot", "one step up h (lam = 0)"),
+        ("panacea", "Panacea"),
+        ("realign", "realign (reads refusals)"),
+    )
+    figure = Figure(figsize=(11, 2.6 * len(tasks) + 0.6), layout="constrained")
+    axes = figure.subplots(len(tasks), len(models), squeeze=False, sharey=True)
+    for line, task in zip(axes, tasks):
+        groups = sorted(group(files(f".results/map-{task}/lr*")), key=lambda g: g["config"]["lr"])
+        sums = [summarise(found) for found in groups]
+        rates = [f"{g['config']['lr'] * 1e4:g}" for g in groups]
+        for axis, (model, name) in zip(line, models):
+            entries, start = [pick(s, model) for s in sums], np.zeros(len(sums))
+            for kind, colour in OUTCOMES.items():
+                part = np.array([entry[kind] for entry in entries])
+                axis.bar(rates, part, bottom=start, color=colour, label=kind.replace("_", " "))
+                start += part
+            axis.plot(rates, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
+            axis.set(title=f"{name}, {task}", ylim=(0, 100))
+        line[0].set_ylabel("%")
+    for axis in axes[-1]:
+        axis.set_xlabel("attack's learning rate, 1e-4")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=6)
+    save(figure, ROOT / ".assets/map.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def print_columns(rows):
+    """Rows of texts in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(row[0].ljust(widths[0]) + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:])))
+
+
+def print_summary(found, against):
+    """The table of one group of runs."""
+    summary, c = summarise(found, against), found["config"]
+    print(
+        f"\n{c['model']}, {c['task']}, p = {c['poison_ratio']:g}, attack {c['lr']:g}, seeds "
+        f"{' '.join(map(str, sorted(found['seeds'])))}: mean (sd); in brackets the paired 95 % "
+        f"interval of the difference to {against}"
+    )
+    table = [("row", *SCORES, "hs: difference", "fa: difference")]
+    for name, entry in summary.items():
+        if "view" in entry["row"] or "snapshot" in entry["row"]:
+            continue
+        cells = [number(entry, key, True) for key in SCORES]
+        for key in ("hs", "fa"):
+            low, high = entry.get(f"{key}_diff", (None, None))
+            cells.append("-" if low is None else f"[{low:+.1f} {high:+.1f}]")
+        table.append((name, *cells))
+    print_columns(table)
+
+
+def main(argv=None):
+    """Summarise runs, or check, write or draw the pages; returns the number of wrong cells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="run folders")
+    parser.add_argument("--against", default="finetuned", metavar="ROW", help="row to compare with")
+    parser.add_argument("--choose", action="store_true", help="each repair's best setting")
+    parser.add_argument("--check", action="store_true", help="compare the pages with the json")
+    parser.add_argument("--write", action="store_true", help="make the pages' tables again")
+    parser.add_argument("--draw", action="store_true", help="make the README's pictures again")
+    args = parser.parse_args(argv)
+    if args.write:
+        for path in PAGES:
+            path.write_text(MARK.sub(rewritten, path.read_text(encoding="utf-8")), encoding="utf-8")
+    if args.draw:
+        draw_story()
+        draw_map()
+    if args.check:
+        wrong = [line for path in PAGES for line in differences(path)]
+        print("\n".join(wrong) or "every table is what the kept json gives")
+        return len(wrong)
+    if args.folders:
+        for found in group(args.folders):
+            print_summary(found, args.against)
+            if args.choose:
+                print("\nchosen: lowest HS+ with FA within 2 of attacked and benign over 90 %")
+                for name, count, best in choose(summarise(found, args.against)):
+                    text = label(best["row"]) if best else "none keeps both"
+                    print(f"  {name}, of {count}: {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main() else 0)
+    except Wrong as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
