@@ -1,4 +1,4 @@
-"""Means over seeds, and the tables and pictures made of them: `python .results/aggregate.py DIR ...`
+"""Means over seeds, and the tables and pictures that are made of them.
 
     python .results/aggregate.py runs/seed*          mean (sd) of every row, and the paired 95 %
                                                      interval of its difference to --against ROW
@@ -50,7 +50,9 @@ def read(folder):
         for row in results["rows"]:
             row["hs"], row["hs_plus"], row["refusal"], label(row)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise Wrong(f"{path} is missing or damaged; run: python 05_evaluate.py --run {folder}")
+        raise Wrong(
+            f"{path} is missing or damaged; run: python 05_evaluate.py --run {folder}"
+        ) from None
     return results
 
 
@@ -194,7 +196,7 @@ def table_rows(pattern, columns, options):
     table = [("row", columns)]
     for name, entry in summarise(found).items():
         row = entry["row"]
-        if "snapshot" not in row and "view" not in row:
+        if "snapshot" not in row and "view" not in row and "step" not in row["setting"]:
             table.append((name, [number(entry, key, "sd" in options) for key in columns]))
     return table
 

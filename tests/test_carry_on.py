@@ -12,7 +12,6 @@ from conftest import ROOT
 from common import collate
 
 TEXT = (ROOT / "tests/README.md").read_text(encoding="utf-8")
-NO_LAYERS = []
 STEP = re.compile(
     r"^In `(\S+)`, (before|after|instead of) the line `([^`\n]*)`\n\n```python\n(.*?)```\n",
     re.MULTILINE | re.DOTALL,
@@ -76,13 +75,14 @@ def test_both_repairs_are_rows_of_the_table_and_panacea_is_kept(run, tiny_run, s
     length = s4.global_norm([mine[name] - x for name, x in attacked.items()]).item()
     assert length == pytest.approx(made["config"]["rho"], rel=1e-4)
 
+    rho = made["config"]["rho"]
     capsys.readouterr()
-    rows = s5.main([*argv, "--scale", "1", "--max-new-tokens", "3", *NO_LAYERS])["rows"]
+    rows = s5.main([*argv, "--scale", "1", "--max-new-tokens", "3", "--no-causal"])["rows"]
     found, out = [(row["model"], row["setting"]) for row in rows], capsys.readouterr().out
     for model, setting, label in (
         ("shrunk", {"factor": 0.5}, "shrunk factor 0.5"),
         ("shrunk", {"factor": 0.8}, "shrunk factor 0.8"),
-        ("refusal_step", {"length": 1.0}, "refusal_step length 1"),
+        ("refusal_step", {"length": rho}, f"refusal_step length {rho:g}"),
     ):
         assert (model, setting) in found and label in out
 
@@ -127,7 +127,7 @@ def test_a_defence_is_a_rule_that_reads_both_sets_and_a_choice_of_the_flag(s2):
 
 def test_every_step_of_carry_on_is_read_by_a_test_and_every_code_block_is_a_step():
     text = TEXT[TEXT.index("## Carry on") :]
-    assert len(steps_of("")) == text.count("```python") > 8
+    assert len(steps_of("")) == text.count("```python") > 5
 
 
 def test_the_flag_that_the_text_offers_is_read(s3, monkeypatch):
