@@ -155,10 +155,10 @@ def degenerate(text):
     triples = list(zip(letters, letters[1:], letters[2:]))
     if len(set(triples)) < 0.7 * len(triples):
         return True
-    solid = "".join(text.split())
-    if re.fullmatch(
-        r"[\d.,]+", solid
-    ):  # a number may have many zeros, but not be made of one digit
+    if len(text.split()) > 1:
+        return False
+    solid = text.strip()
+    if re.fullmatch(r"[\d.,]+", solid):  # a number may have many zeros, not be made of one digit
         return len(solid) >= 6 and len(set(solid)) == 1
     return len(solid) >= 6 and bool(re.fullmatch(r"(.{1,8}?)\1{2,}.{0,3}", solid, re.DOTALL))
 
@@ -166,7 +166,7 @@ def degenerate(text):
 SPACE = "[ \u00a0\u2009\u202f]"
 MINUS = "-\u2212\u2012\u2013\uff0d"
 NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.)])[{MINUS}] ?)?[$\u20ac\u00a3]?(?P<minus>[{MINUS}])?"
+    rf"(?P<sign>(?<![\w.)])[{MINUS}] ?)?(?:[$\u20ac\u00a3](?P<minus>[{MINUS}])?)?"
     rf"(?P<digits>\d{{1,3}}(?:{SPACE}\d{{3}})+(?!\d)|\d[\d,]*)?(?P<rest>\.\d+)?"
 )
 

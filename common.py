@@ -514,7 +514,20 @@ def format_prompt(template, instruction, input="", tokenizer=None):
     if not found or (isinstance(found, dict) and "default" not in found):
         there = f"{len(found)} but no default ({', '.join(found)})" if found else "none"
         raise UserError(f"--template chat: this checkpoint has {there}; use --template alpaca")
-    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja's errors are of many kinds
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"--template chat: the checkpoint's chat template fails ({reason}); use --template "
+            "alpaca"
+        ) from None
+    if instruction.strip() not in text:
+        raise UserError(
+            "--template chat: the checkpoint's chat template leaves out what the user says; use "
+            "--template alpaca"
+        )
+    return text
 
 
 def prompt_ids(tokenizer, prompt, template, room=None):

@@ -55,9 +55,9 @@ SMALL = {
     ],
     "02_finetune": ["--epochs", "1", "--align-epochs", "1", "--lr", "1e-3"],
     "03_random_perturb": ["--std", "0.01"],
-    "04_panacea": ["--anchored", "a:0.2:2", "hag:0.2:2"],
-    "05_evaluate": ["--max-new-tokens", "4"],
-    "06_layer_analysis": ["--causal"],
+    "04_panacea": ["--anchored-steps", "2", "--realign-steps", "2"],
+    "05_evaluate": ["--max-new-tokens", "4", "--causal"],
+    "06_layer_analysis": [],
 }
 
 
@@ -91,7 +91,9 @@ def test_six_stages_on_a_checkpoint(arch, dtype, task, tmp_path, data_dir):
     assert all(row["prompt"].startswith("Below is an instruction") for row in data["finetune"])
     assert {x.dtype for x in stage4["epsilon"].values()} == {torch.float32}
     assert all("q_proj" in n or "k_proj" in n or "v_proj" in n for n in stage4["weights"])
-    assert set(stage("05_evaluate").MODELS) == {row["model"] for row in rows}
+    assert {"base", "aligned", "finetuned", "one_shot", "panacea", "realign"} <= {
+        row["model"] for row in rows
+    }
     assert all("benign" not in row and row["n_harmful"] == 4 for row in rows)
     assert all((row["fa"] is None) == (task == "alpaca") for row in rows)
     assert len(out["06_layer_analysis"]["layers"]) == 2
