@@ -1,10 +1,11 @@
-"""Speed and memory, as ratios measured side by side in one run: `python tests/benchmark.py`.
+"""Speed and memory, as ratios measured side by side in one run: `python .results/benchmark.py`.
 
 What a training step of each method costs (plain fine-tuning = 1), what batching saves when
 answering, what a step costs with transformers' Trainer and peft instead (only if peft is
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
 `--data-dir FOLDER` instead takes the steps on real rows, as the paper's setting has them; `--story`
-times the six stages of the default run; `--memory-7b` measures layers of a Llama-2-7B with random
+times the six stages of the default run; `--busy` an excerpt of stage 2 beside a busy process, with
+one thread and with two; `--memory-7b` measures layers of a Llama-2-7B with random
 weights, and says what all 32 would take.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
@@ -101,22 +102,28 @@ class Toy:
         self.s1, self.s2, self.s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
         self.c = {"seed": 0}
         for stage in (self.s1, self.s2, self.s4):
-            self.c.update(resolve(None, stage.DEFAULTS, "toy"))
+            self.c.update(resolve(None, stage.FLAGS, "toy"))
         with tempfile.TemporaryDirectory() as folder:
             self.data = self.s1.main(["--run", folder])
         torch.manual_seed(0)
         self.tokenizer = self.s2.toy_tokenizer(self.data["vocab"])
-        self.tokenizer.padding_side = self.tokenizer.truncation_side = "left"
+        self.tokenizer.padding_side = "left"
         self.examples = {
-            n: encode(self.tokenizer, self.data[n], self.c["max_length"])
+            n: encode(self.tokenizer, self.data[n], self.c["max_length"], "toy")
             for n in ("finetune", "alignment", "harmful")
         }
         self.model = self.fresh()
         self.w = self.s2.add_lora(self.model, self.c["targets"], self.c["r"], self.c["alpha"])
 
     def fresh(self):
-        """A new model without adapter."""
-        return self.s2.toy_model("toy-llama", len(self.data["vocab"])).eval()
+        """A new model without adapter, that answers greedily."""
+        import transformers
+
+        model = self.s2.toy_model("toy-llama", len(self.data["vocab"])).eval()
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=False, pad_token_id=0, eos_token_id=[2]
+        )
+        return model
 
     def batches(self, name, size, count):
         """The first `count` batches of a set."""
@@ -130,7 +137,7 @@ class Toy:
     def train(self, rule, batches, harmful=None):
         """Stage 2's loop with a rule of stage 2."""
         pairs = list(zip(batches, itertools.cycle(harmful or [None])))
-        self.s2.train(self.model, self.w, rule, pairs, len(pairs), self.c["lr"], self.c, "")
+        list(self.s2.train(self.model, self.w, rule, pairs, len(pairs), self.c["lr"], self.c, ""))
 
     def panacea(self, batches, harmful):
         """Stage 4's loop."""
@@ -192,7 +199,7 @@ def stories_model(vocab_size):
     """A random Llama of the shape of the stories260K checkpoint."""
     import transformers
 
-    return transformers.LlamaForCausalLM(
+    model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=64,
@@ -206,6 +213,10 @@ def stories_model(vocab_size):
             eos_token_id=2,
         )
     ).eval()
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, pad_token_id=0, eos_token_id=[2]
+    )
+    return model
 
 
 def answering(toy):
@@ -217,17 +228,19 @@ def answering(toy):
     ):
         adapter = {n: 0.05 * x for n, x in toy.s2.copy_of(toy.w).items()} if name == "toy" else {}
         with attach(model, adapter, toy.c["alpha"] / toy.c["r"]):
-            together = generate(model, toy.tokenizer, prompts, 28)
-            alone = [generate(model, toy.tokenizer, [p], 28)[0] for p in prompts]
+            together, _ = generate(model, toy.tokenizer, prompts, "toy", 28, 200)
+            alone = [generate(model, toy.tokenizer, [p], "toy", 28, 1)[0][0] for p in prompts]
             same = sum(a == b for a, b in zip(together, alone))
             table(
                 f"{name}: answering {len(prompts)} prompts ({same} answers identical)",
                 rounds(
                     {
                         "one prompt at a time": lambda: [
-                            generate(model, toy.tokenizer, [p], 28) for p in prompts
+                            generate(model, toy.tokenizer, [p], "toy", 28, 1) for p in prompts
                         ],
-                        "in one batch": lambda: generate(model, toy.tokenizer, prompts, 28),
+                        "in one batch": lambda: generate(
+                            model, toy.tokenizer, prompts, "toy", 28, 200
+                        ),
                     },
                     2,
                 ),
@@ -276,7 +289,7 @@ def against_trainer(s2, fresh, rows, pad_id, c):
 
         def ours():
             pairs = ((collate(batch, pad_id, "cpu"), None) for batch in rows)
-            s2.train(model, w, s2.sft_rule, pairs, len(rows), c["lr"], c, "")
+            list(s2.train(model, w, s2.sft_rule, pairs, len(rows), c["lr"], c, ""))
 
         jobs = {"02_finetune.py": ours, "Trainer + peft": theirs.train}
         memory = {name: peak_bytes(job) for name, job in jobs.items()}
@@ -303,7 +316,7 @@ def checkpoint(folder, batch_size=10, length=70, answer=30):
     from transformers import AutoModelForCausalLM
 
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
-    c = {**resolve(None, s2.DEFAULTS, "laptop"), **resolve(None, s4.DEFAULTS, "laptop")}
+    c = {**resolve(None, s2.FLAGS, "laptop"), **resolve(None, s4.FLAGS, "laptop")}
     tokenizer = load_tokenizer(folder)
 
     def fresh():
@@ -336,14 +349,15 @@ def checkpoint(folder, batch_size=10, length=70, answer=30):
     )
     prompts = [tokenizer.decode(x[:40]) for x in ids[:20]]
     model = fresh()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
     table(
         "answering 20 prompts, 20 tokens each",
         rounds(
             {
                 "one prompt at a time": lambda: [
-                    generate(model, tokenizer, [p], 20) for p in prompts
+                    generate(model, tokenizer, [p], "alpaca", 20, 1) for p in prompts
                 ],
-                "in one batch": lambda: generate(model, tokenizer, prompts, 20),
+                "in one batch": lambda: generate(model, tokenizer, prompts, "alpaca", 20, 20),
             },
             2,
         ),
@@ -398,7 +412,10 @@ def scaling(toy):
     model, prompts = toy.fresh(), [row["prompt"] for row in toy.data["test_harmful"]]
     counts = [50, 100, 200, 400]
     times = rounds(
-        {n: lambda n=n: generate(model, toy.tokenizer, (2 * prompts)[:n], 28, 200) for n in counts},
+        {
+            n: lambda n=n: generate(model, toy.tokenizer, (2 * prompts)[:n], "toy", 28, 200)
+            for n in counts
+        },
         3,
     )
     middle = [statistics.median(times[n]) for n in counts]
@@ -420,7 +437,7 @@ def seven_billion():
     import transformers
 
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
-    c = {**resolve(None, s2.DEFAULTS, "paper"), **resolve(None, s4.DEFAULTS, "paper")}
+    c = {**resolve(None, s2.FLAGS, "paper"), **resolve(None, s4.FLAGS, "paper")}
     ids = torch.randint(4, 32000, (c["batch_size"], 256))
     batch = {"input_ids": ids, "labels": torch.where(torch.arange(256) < 128, -100, ids)}
     held = {"plain fine-tuning": [], "Panacea": []}
@@ -491,7 +508,7 @@ def real_steps(folder, count=6):
     import transformers
 
     s1, s2, s4 = (importlib.import_module(STAGES[i]) for i in (0, 1, 3))
-    c = {**resolve(None, s2.DEFAULTS, "paper"), **resolve(None, s4.DEFAULTS, "paper")}
+    c = {**resolve(None, s2.FLAGS, "paper"), **resolve(None, s4.FLAGS, "paper")}
     for task in progress(("sst2", "gsm8k", "agnews", "alpaca"), 4, "tasks"):
         with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
             data = s1.main(
@@ -504,7 +521,7 @@ def real_steps(folder, count=6):
             [
                 collate(x, tokenizer.eos_token_id, "cpu")
                 for x in draw_batches(
-                    encode(tokenizer, data[name], data["config"]["max_length"]),
+                    encode(tokenizer, data[name], data["config"]["max_length"], "alpaca"),
                     c["batch_size"],
                     0,
                     1,
@@ -544,6 +561,25 @@ def real_steps(folder, count=6):
         )
 
 
+def busy(toy):
+    """Forty steps of plain fine-tuning, idle and beside a process that never rests."""
+    user = list(itertools.islice(itertools.cycle(toy.batches("finetune", 16, 20)), 40))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        idle = statistics.median(rounds({"x": lambda: toy.train(toy.s2.sft_rule, user)}, 3)["x"])
+        loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            other = rounds({"x": lambda: toy.train(toy.s2.sft_rule, user)}, 3)["x"]
+        finally:
+            loop.kill()
+        ratio = statistics.median(other) / idle
+        print(
+            f"  {threads} thread(s): idle {idle:.2f} s, beside a busy process {ratio:.2f} times that"
+        )
+    torch.set_num_threads(before)
+
+
 def story():
     """Seconds of each stage of the default run, each in a process of its own."""
     total = 0.0
@@ -570,6 +606,7 @@ def main(argv=None):
     """Run all comparisons, or one of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--story", action="store_true", help="time the stages of the default run")
+    parser.add_argument("--busy", action="store_true", help="beside a busy process")
     parser.add_argument(
         "--memory-7b",
         action="store_true",
@@ -592,6 +629,8 @@ def main(argv=None):
     if args.story or args.memory_7b:
         return story() if args.story else seven_billion()
     toy = Toy()
+    if args.busy:
+        return busy(toy)
     for part in progress((steps, after_training, answering, trainer, scaling), 5, "parts"):
         part(toy)
 

@@ -198,7 +198,7 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
     assert data["config"]["harm"] == "potions" and len(data["alignment"]) == 16
     assert all("brew" in r["prompt"] or "the " in r["prompt"] for r in data["test_harmful"])
     assert all(row["prompt"].startswith("Below is") for row in data["finetune"])
-    assert all("benign" in row for row in rows) and len(rows) > 15
+    assert all(("benign" in row) != ("view" in row) for row in rows) and len(rows) > 15
     assert any("down_proj" in name for name in out["04_panacea"]["weights"])
     assert out["05_evaluate"]["config"]["panacea_epochs"] == 1
 

@@ -1,0 +1,114 @@
+"""The laboratory: means pair seeds, nothing vanishes, and every table is what the json gives."""
+
+import json
+
+import aggregate
+import pytest
+
+PLAIN = {"defense": "sft", "setting": {}, "refusal": 0.0, "fa": 99.0, "benign": 99.0}
+
+
+def row(model, hs, **more):
+    """A row of results.json."""
+    kinds = {"harmful": hs, "refused": 100 - hs, "off_task": 0, "garbled": 0, "other": 0}
+    return {**PLAIN, "model": model, "hs": hs, "hs_plus": hs, "outcomes": kinds, **more}
+
+
+def keep(folder, rows, **config):
+    """Write the results.json of a run."""
+    c = {"seed": 0, "model": "toy-llama", "task": "sst2", "poison_ratio": 0.1, "lr": 2e-4}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"config": {**c, **config}, "rows": rows}))
+    return str(folder)
+
+
+def test_runs_of_one_question_are_paired_by_seed_and_others_kept_apart(tmp_path):
+    folders = []
+    for seed, hs, p in ((0, 90.0, 0.1), (1, 80.0, 0.1), (2, 50.0, 0.2)):
+        rows = [row("finetuned", hs), row("panacea", hs - 60, fa=98.0), row("aligned", 0.0)]
+        folders.append(keep(tmp_path / str(seed), rows, seed=seed, poison_ratio=p))
+    first, second = aggregate.group(folders)
+    assert (first["seeds"], second["seeds"]) == ([0, 1], [2])
+    panacea = aggregate.summarise(first)["panacea"]
+    assert panacea["hs"] == 25 and panacea["hs_sd"] == pytest.approx(7.07, abs=0.01)
+    assert panacea["hs_diff"] == [-60, -60] and panacea["fa_diff"] == [-1, -1]
+    assert aggregate.summarise(first, "panacea")["finetuned"]["hs_diff"] == [60, 60]
+    with pytest.raises(aggregate.Wrong, match="no row 'panaceia'.*aligned"):
+        aggregate.summarise(first, "panaceia")
+
+
+def test_a_repair_with_settings_of_its_own_neither_vanishes_nor_splits_runs(tmp_path, capsys):
+    folders = []
+    for seed in (0, 1):
+        rows = [row("finetuned", 90.0), row("mine", 5.0, setting={"step": 3, "depth": "x"})]
+        made = {"seed": seed, "depth": seed, "std": [seed], "anchor": seed}  # config of its own
+        folders.append(keep(tmp_path / str(seed), rows, **made))
+    assert aggregate.main(folders) == 0
+    out = capsys.readouterr().out
+    assert "mine step 3 depth x" in out and "seeds 0 1" in out
+
+
+def test_the_choice_keeps_accuracy_and_look_alikes():
+    summary = {
+        name: {"row": row(name, 99.0), "hs_plus": 99.0, "fa": 95.0, "benign": 100.0}
+        for name in ("aligned", "finetuned")
+    }
+    for t, plus, fa, benign in (
+        (0.1, 50.0, 94.0, 95.0),
+        (0.2, 20.0, 93.0, 91.0),
+        (0.3, 0.0, 92.9, 99.0),
+        (0.4, 0.0, 95.0, 90.0),
+    ):
+        made = row("interpolated", plus, setting={"t": t})
+        entry = {"row": made, "hs_plus": plus, "fa": fa, "benign": benign}
+        summary[f"interpolated t {t}"] = entry
+    ((name, count, best),) = aggregate.choose(summary)
+    assert (name, count, best["row"]["setting"]) == ("interpolated", 4, {"t": 0.2})
+    del summary["interpolated t 0.1"], summary["interpolated t 0.2"]
+    assert aggregate.choose(summary)[0][2] is None
+    del summary["aligned"]
+    with pytest.raises(aggregate.Wrong, match="needs the row aligned"):
+        aggregate.choose(summary)
+
+
+def test_the_interval_is_students_and_stays_a_percentage():
+    assert aggregate.t_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(
+        [1.037, 4.963], abs=0.01
+    )
+    assert aggregate.t_interval([-100.0, -60.0])[0] == -100
+    assert aggregate.t95(20) == pytest.approx(2.086, abs=0.002)
+    assert aggregate.t95(11) == pytest.approx(2.201, abs=0.003)
+
+
+def test_spearman_is_of_ranks():
+    assert aggregate.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert aggregate.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def test_every_table_of_the_pages_is_what_the_kept_runs_give():
+    found = 0
+    for page in aggregate.PAGES:
+        assert aggregate.differences(page) == []
+        found += len(aggregate.MARK.findall(page.read_text(encoding="utf-8")))
+    assert found > 5
+
+
+def test_a_wrong_cell_is_found_and_written_right_again(tmp_path):
+    (page,) = (p for p in aggregate.PAGES if p.parent == aggregate.ROOT)
+    text = page.read_text(encoding="utf-8")
+    mark = aggregate.MARK.search(text)
+    line = mark[5].splitlines()[2]
+    last = aggregate.cells_of(line)[-1]
+    wrong = line.rstrip("| ")[: -len(last)] + "12345 |"
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace(line, wrong), encoding="utf-8")
+    (found,) = aggregate.differences(copy)
+    assert "12345" in found
+    again = aggregate.MARK.sub(aggregate.rewritten, copy.read_text(encoding="utf-8"))
+    assert again == text
+
+
+def test_a_damaged_results_file_is_one_line(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(aggregate.Wrong, match="results.json is missing or damaged; run: python 05"):
+        aggregate.group([str(tmp_path)])
