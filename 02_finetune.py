@@ -86,7 +86,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("repnoise_beta", 0.1, 0.1, 0.1, "RepNoise: weight of the MMD", low=0),
     Flag("booster_lam", 0.3, 0.3, 100.0, "Booster: weight lam of its regulariser", low=0),
     Flag("booster_alpha", 0.1, 0.1, 0.01, "Booster: length of its harmful step", low=0),
-    Flag("align_harmful_batch_size", 10, 10, 10, "batch of h in alignment (RepNoise, Booster)",
+    Flag("align_harmful_batch_size", 5, 10, 10, "batch of h in alignment (RepNoise, Booster)",
          low=1),
     Flag("pretrain_steps", 430, 0, 0, "steps of pre-training the toy", low=20),
     Flag("pretrain_lr", 2e-3, 0.0, 0.0, "highest learning rate of pre-training", low=0),
@@ -624,8 +624,9 @@ def main(argv=None):
     describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
     try_model(model, tokenizer, w, examples, data, c)
     if c["preset"] == "toy" and device.type == "cpu":
-        jobs = [(str(run.folder), defense, c) for defense in c["defense"]]
-        results = in_processes(one_defense, jobs)
+        # the slow ones, which stand last in DEFENSES, begin first
+        jobs = [(str(run.folder), defense, c) for defense in c["defense"][::-1]]
+        results = in_processes(one_defense, jobs)[::-1]
     else:
         initial, results = copy_of(w), []
         for defense in c["defense"]:

@@ -76,7 +76,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("max_new_tokens", 28, 40, 512, "longest answer", low=1),
     Flag("eval_batch_size", 200, 50, 16, "prompts answered at a time", low=1),
     Flag("causal", True, True, False, "apply eps layer by layer as well; four models a layer"),
-    Flag("causal_prompts", 200, 20, 100, "prompts of each kind for the layers", low=1),
+    Flag("causal_prompts", 100, 20, 100, "prompts of each kind for the layers", low=1),
 ]
 # fmt: on
 OUTCOMES = ("harmful", "refused", "off_task", "garbled", "other")

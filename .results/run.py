@@ -79,7 +79,7 @@ def experiments():
     )
     found["map-lam"] = with_flags(
         [
-            job(f"lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
+            job(f"lam{lam}-seed{s}", s1=f"--seed {s} --task sst2", s2="--lr 2e-4", s4=f"--lam {lam}")
             for s in range(5)
             for lam in ("0.03", "0.2")
         ],
