@@ -664,7 +664,7 @@ def print_columns(rows):
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1))]
     for row in rows:
         line = row[0].ljust(widths[0])
-        print(line + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:])))
+        print((line + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:]))).rstrip())
 
 
 QUESTIONS = {  # in the story's order; a model of your own comes under the last one

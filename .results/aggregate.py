@@ -177,24 +177,32 @@ def spearman(x, y):
 # The tables of the pages
 
 
-def files(pattern):
-    """Run folders of the project that a pattern names, sorted."""
-    return sorted(str(p.parent) for p in ROOT.glob(f"{pattern}/results.json"))
+def files(patterns):
+    """Run folders of the project that patterns, with commas between them, name; sorted."""
+    found = [p for pattern in patterns.split(",") for p in ROOT.glob(f"{pattern}/results.json")]
+    return sorted(str(p.parent) for p in found)
 
 
 def number(entry, key, sd):
-    """A mean as text, with its standard deviation if `sd`."""
+    """A mean as text, with its standard deviation if `sd`; KEY_diff is an interval."""
     if key not in entry:
         return "-"
+    if key.endswith("_diff"):
+        return f"{entry[key][0]:+.0f} to {entry[key][1]:+.0f}"
     spread = f" ({entry.get(f'{key}_sd', 0.0):.0f})" if sd else ""
     return f"{entry[key]:.0f}{spread}"
 
 
 def table_rows(pattern, columns, options):
-    """[(label, cells)] of all rows but snapshots, layers and vaccines."""
+    """[(label, cells)] of all rows but snapshots and layers; "against ROW" as aggregate's own.
+
+    A column KEY_diff is the paired 95 % interval of the difference to that row, in whose name
+    `options` have ~ for a space.
+    """
     (found,) = group(files(pattern))
+    against = options[options.index("against") + 1] if "against" in options else "finetuned"
     table = [("row", columns)]
-    for name, entry in summarise(found).items():
+    for name, entry in summarise(found, against.replace("~", " ")).items():
         row = entry["row"]
         if "snapshot" not in row and "view" not in row and "step" not in row["setting"]:
             table.append((name, [number(entry, key, "sd" in options) for key in columns]))
@@ -202,14 +210,18 @@ def table_rows(pattern, columns, options):
 
 
 def table_groups(pattern, columns, options):
-    """Rows by groups of runs; a group is named by the config key in `options`, "by KEY"."""
+    """Rows by groups of runs; `options`: "by" a key of the config, and "only" these models."""
     key = options[options.index("by") + 1]
-    groups = sorted(group(files(pattern)), key=lambda g: str(g["config"].get(key)))
+    only = options[options.index("only") + 1 :] if "only" in options else None
+    groups = group(files(pattern))
+    groups.sort(key=lambda g: (isinstance(g["config"][key], str), g["config"][key]))
     sums = [summarise(found) for found in groups]
     table = [("row", [f"{key} {found['config'].get(key)}" for found in groups])]
     for name in dict.fromkeys(name for s in sums for name in s):
         row = next(s[name]["row"] for s in sums if name in s)
         if "snapshot" in row or "view" in row or row["defense"] != "sft":
+            continue
+        if only and row["model"] not in only:
             continue
         cells = []
         for s in sums:
@@ -250,48 +262,75 @@ def table_fall(pattern, columns, options):
 
 
 def table_layers(pattern, columns, options):
-    """||eps|| and what eps does, layer by layer: means over runs of layers.json."""
+    """||eps|| and what eps does, layer by layer: means over runs of layers.json.
+
+    A view's cell is HS / HS+ / refusal / FA. The last rows: the model without eps and with all of
+    it, and the mean rank correlations of the norm with the fall of HS and the rise of refusals.
+    """
     runs = [json.loads((Path(f) / "layers.json").read_text()) for f in files(pattern)]
-    keys = ("hs", "hs_plus", "refusal", "fa")
+
+    def cell(rows):
+        keys = [k for k in ("hs", "hs_plus", "refusal", "fa") if k in rows[0]]
+        return " / ".join(f"{np.mean([row[k] for row in rows]):.0f}" for k in keys)
+
     table = [("layer", ["norm of eps", "relative to w", *columns])]
     for rows in zip(*(run["layers"] for run in runs), strict=True):
         cells = [f"{np.mean([row[key] for row in rows]):.3f}" for key in ("norm", "relative")]
-        for view in columns:
-            means = [np.mean([row[view][k] for row in rows]) for k in keys if k in rows[0][view]]
-            cells.append(" / ".join(f"{x:.0f}" for x in means))
+        cells += [cell([row[view] for row in rows]) for view in columns]
         table.append((str(rows[0]["layer"]), cells))
+    for name, key in (("without eps", "none"), ("all of eps", "all")):
+        table.append((name, ["", "", cell([run["ends"][key] for run in runs])] + [""] * 3))
+    if "refusal" not in runs[0]["rank_correlation"]:
+        return table
+    for what, key in (("fall of HS", "hs"), ("rise of refusals", "refusal")):
+        known = [run["rank_correlation"][key]["norm"] for run in runs]
+        cells = [f"{np.nanmean([k[view] for k in known]):+.2f}" for view in columns]
+        table.append((f"rank correlation of norm, {what}", ["", "", *cells]))
     return table
 
 
-def attacked_runs(patterns):
+def table_attack(pattern, columns, options):
+    """What attack.py saw, means over seeds: by "depth" of alignment or "lr" of the attack."""
+    rows = [row for path in sorted(ROOT.glob(pattern)) for row in json.loads(path.read_text())]
+    key = options[options.index("by") + 1]
+    model = {"depth": "aligned", "lr": "finetuned"}[key]
+    table = [(key, columns)]
+    for value in sorted({row[key] for row in rows if row["model"] == model}):
+        own = [row for row in rows if row["model"] == model and row[key] == value]
+        cells = []
+        for column in columns:
+            x = np.mean([row["outcomes"].get(column, row.get(column, math.nan)) for row in own])
+            cells.append(f"{x:.2f}" if column in ("h", "probability", "distance") else f"{x:.1f}")
+        table.append((f"{value:g}", cells))
+    return table
+
+
+def attacked_runs(pattern):
     """[numbers of a run]: what is known of each attack, and what Panacea (scale 1) makes of it."""
     found = []
-    for pattern in patterns:
-        for folder in files(pattern):
-            results = read(folder)
-            rows = [r for r in results["rows"] if "snapshot" not in r and "view" not in r]
-            attacked = next(r for r in rows if r["model"] == "finetuned")
-            panacea = next(
-                r for r in rows if r["model"] == "panacea" and r["setting"]["scale"] == 1
-            )
-            known, c = results["config"]["attack"], results["config"]
-            found.append(
-                {
-                    "refusals that the attack has left": attacked["refusal"],
-                    "h at the attacked weights": known["h"],
-                    "distance of w from w_aligned": known["distance"],
-                    "rho over that distance": panacea["setting"]["rho"] / known["distance"],
-                    "refusal": panacea["refusal"],
-                    "hs_plus": panacea["hs_plus"],
-                    "lr": c["lr"],
-                }
-            )
+    for folder in files(pattern):
+        results = read(folder)
+        rows = [r for r in results["rows"] if "snapshot" not in r and "view" not in r]
+        attacked = next(r for r in rows if r["model"] == "finetuned")
+        panacea = next(r for r in rows if r["model"] == "panacea" and r["setting"]["scale"] == 1)
+        known, c = results["config"]["attack"], results["config"]
+        found.append(
+            {
+                "refusals that the attack has left": attacked["refusal"],
+                "h at the attacked weights": known["h"],
+                "distance of w from w_aligned": known["distance"],
+                "rho over that distance": panacea["setting"]["rho"] / known["distance"],
+                "refusal": panacea["refusal"],
+                "hs_plus": panacea["hs_plus"],
+                "lr": c["lr"],
+            }
+        )
     return found
 
 
 def table_border(pattern, columns, options):
     """Rank correlation of what is known before any repair with what Panacea makes of it."""
-    runs = attacked_runs(pattern.split(","))
+    runs = attacked_runs(pattern)
     table = [("known before any repair", [f"with Panacea's {key}" for key in columns])]
     for name in list(runs[0])[:4]:
         values = [run[name] for run in runs]
@@ -306,6 +345,7 @@ KINDS = {
     "fall": table_fall,
     "layers": table_layers,
     "border": table_border,
+    "attack": table_attack,
 }
 MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*\n)+)")
 
@@ -381,7 +421,7 @@ OUTCOMES = {
 STORY = (  # (row of the kept json, its name in the picture)
     ("aligned", "aligned"),
     ("finetuned", "attacked"),
-    ("random std 0.08", "noise"),
+    ("random std 0.07", "noise"),
     ("random_matched", "noise of Panacea's size"),
     ("interpolated t 0.5", "half way back"),
     ("one_shot", "one step up h (lam = 0)"),

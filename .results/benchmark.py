@@ -574,9 +574,7 @@ def busy(toy):
         finally:
             loop.kill()
         ratio = statistics.median(other) / idle
-        print(
-            f"  {threads} thread(s): idle {idle:.2f} s, beside a busy process {ratio:.2f} times that"
-        )
+        print(f"  {threads} thread(s): idle {idle:.2f} s; beside a busy process {ratio:.2f}x")
     torch.set_num_threads(before)
 
 

@@ -77,9 +77,10 @@ def experiments():
         ],
         {2: SFT, **FEW},
     )
+    at = {"s2": "--lr 2e-4"}  # as in map-sst2, whose stages 1 to 3 are taken over
     found["map-lam"] = with_flags(
         [
-            job(f"lam{lam}-seed{s}", s1=f"--seed {s} --task sst2", s2="--lr 2e-4", s4=f"--lam {lam}")
+            job(f"lam{lam}-seed{s}", s1=f"--seed {s} --task sst2", **at, s4=f"--lam {lam}")
             for s in range(5)
             for lam in ("0.03", "0.2")
         ],

@@ -313,7 +313,7 @@ def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied
     for key in ("weights", "epsilon", "one_shot"):
         assert all(torch.equal(old[key][name], new[key][name]) for name in old[key])
     assert [r["model"] for r in new["repairs"]] == ["realign"]
-    with pytest.raises(UserError, match="--repairs-only keeps a Panacea of rho 1, not 2"):
+    with pytest.raises(UserError, match="--repairs-only keeps a Panacea of rho 0.5, not 2"):
         s4.main([*flags, "--rho", "2"])
     (copied / "04_panacea.pt").unlink()
     with pytest.raises(UserError, match="04_panacea.pt is missing"):
