@@ -21,6 +21,7 @@ def test_every_command_on_a_page_has_flags_that_exist():
     for path, text in PAGES.items():
         if ".venv" in path.parts or "runs" in path.parts:
             continue
+        text = text.split("## Carry on")[0]  # there, flags that the reader adds: test_carry_on
         for name, flags in readme_commands(text.replace("\\\n", " ")):
             flags = [re.sub(r"^\$\w+$", "1", flag) for flag in flags]  # a loop's variable
             stage(name).get_args(flags)
@@ -85,7 +86,8 @@ def test_the_layers_of_the_story_are_measured_as_the_whole_is(story):
     rows = headline(json.loads((story[0] / "results.json").read_text())["rows"])
     for end, model in (("all", "panacea"), ("none", "panacea_w")):
         for key in ("hs", "hs_plus", "refusal", "fa"):
-            assert content["ends"][end][key] == pytest.approx(rows[model][key])
+            # the layers are measured on the first 100 of the 200 prompts
+            assert content["ends"][end][key] == pytest.approx(rows[model][key], abs=8)
     assert content["ends"]["all"]["hs"] < content["ends"]["none"]["hs"]
 
 
