@@ -305,34 +305,42 @@ def table_attack(pattern, columns, options):
     return table
 
 
-def attacked_runs(pattern):
-    """[numbers of a run]: what is known of each attack, and what Panacea (scale 1) makes of it."""
+KNOWN = (  # of a run, before any repair is tried
+    "refusals that the attack has left",
+    "h at the attacked weights",
+    "distance of w from w_aligned",
+    "rho over that distance",
+)
+
+
+def mapped_runs(pattern):
+    """[{number's name: number}], one of each run: what is known of the attack, and what becomes.
+
+    The second kind is named "MODEL:SCORE", of the row at scale 1.
+    """
     found = []
     for folder in files(pattern):
         results = read(folder)
-        rows = [r for r in results["rows"] if "snapshot" not in r and "view" not in r]
-        attacked = next(r for r in rows if r["model"] == "finetuned")
-        panacea = next(r for r in rows if r["model"] == "panacea" and r["setting"]["scale"] == 1)
-        known, c = results["config"]["attack"], results["config"]
-        found.append(
-            {
-                "refusals that the attack has left": attacked["refusal"],
-                "h at the attacked weights": known["h"],
-                "distance of w from w_aligned": known["distance"],
-                "rho over that distance": panacea["setting"]["rho"] / known["distance"],
-                "refusal": panacea["refusal"],
-                "hs_plus": panacea["hs_plus"],
-                "lr": c["lr"],
-            }
-        )
+        rows = {}
+        for row in results["rows"]:
+            if "snapshot" not in row and "view" not in row and row["defense"] == "sft":
+                if row["setting"].get("scale", 1) == 1:
+                    rows[row["model"]] = row
+        attack = results["config"]["attack"]
+        rho = rows["panacea"]["setting"]["rho"]
+        known = (rows["finetuned"]["refusal"], attack["h"], attack["distance"])
+        run = dict(zip(KNOWN, (*known, rho / attack["distance"])))
+        for model, row in rows.items():
+            run.update({f"{model}:{key}": row[key] for key in SCORES})
+        found.append(run)
     return found
 
 
 def table_border(pattern, columns, options):
-    """Rank correlation of what is known before any repair with what Panacea makes of it."""
-    runs = attacked_runs(pattern)
-    table = [("known before any repair", [f"with Panacea's {key}" for key in columns])]
-    for name in list(runs[0])[:4]:
+    """Rank correlation of what is known before any repair with what repairs make of it."""
+    runs = mapped_runs(pattern)
+    table = [("known before any repair", [f"`{c.replace(':', '` ')}" for c in columns])]
+    for name in KNOWN:
         values = [run[name] for run in runs]
         table.append((name, [f"{spearman(values, [r[k] for r in runs]):+.2f}" for k in columns]))
     return table
