@@ -284,7 +284,7 @@ def table_layers(pattern, columns, options):
         return table
     for what, key in (("fall of HS", "hs"), ("rise of refusals", "refusal")):
         known = [run["rank_correlation"][key]["norm"] for run in runs]
-        cells = [f"{np.nanmean([k[view] for k in known]):+.2f}" for view in columns]
+        cells = [f"{np.nanmean([k.get(view, math.nan) for k in known]):+.2f}" for view in columns]
         table.append((f"rank correlation of norm, {what}", ["", "", *cells]))
     return table
 
@@ -488,7 +488,7 @@ def draw_story():
         color="tab:green",
         error_kw={"lw": 0.8},
     )
-    right.set(title="accuracy on the user's task (sd)", xlabel="%", xlim=(0, 105))
+    right.set(title="accuracy on the task (sd)", xlabel="%", xlim=(0, 105))
     left.invert_yaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     save(figure, ROOT / ".assets/story.png")
@@ -518,8 +518,10 @@ def draw_map():
                 axis.bar(rates, part, bottom=start, color=colour, label=kind.replace("_", " "))
                 start += part
             axis.plot(rates, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
-            axis.set(title=f"{name}, {task}", ylim=(0, 100))
-        line[0].set_ylabel("%")
+            axis.set(ylim=(0, 100))
+            if task == tasks[0]:
+                axis.set_title(name)
+        line[0].set_ylabel(f"{task}, %")
     for axis in axes[-1]:
         axis.set_xlabel("attack's learning rate, 1e-4")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=6)
