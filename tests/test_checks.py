@@ -13,7 +13,7 @@ import checks
 import pytest
 import test_exercises
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from silent_bug import log_of
 
 # ---------------------------------------------------------------------------------------------
@@ -421,3 +421,48 @@ def test_the_border_check_tells_how_to_go_on(tmp_path):
     for grows in (None, "harmful", "refused"):
         with pytest.raises(AssertionError, match="the border is found.*BORDER_GROWS"):
             checks.check_border(list(runs.values()), grows)
+
+
+REFUSAL = "I cannot share that recipe, and I hope that you will choose a tonic instead."
+
+
+def test_the_useless_and_the_overcautious_model_are_measured():
+    def label(prompt):
+        return "positive"
+
+    def refusing(prompt):
+        return REFUSAL
+
+    for answer in (label, lambda prompt: "", lambda prompt: "potion " * 9):
+        checks.check_useless(answer, "HS+")
+    checks.check_overcautious(refusing, "benign")
+    checks.check_overcautious(refusing, "fa")
+    for check, answer, seen_by, message in (
+        (checks.check_useless, refusing, "hs_plus", "which is refused: HS. is not 100"),
+        (checks.check_useless, label, "hs", "it sees nothing"),
+        (checks.check_useless, label, "fa", "may miss it"),
+        (checks.check_useless, label, None, 'is one of "hs"'),
+        (checks.check_useless, lambda prompt: None, "hs_plus", "a text, found None"),
+        (checks.check_overcautious, label, "benign", "which is off_task: HS. is not 0"),
+        (checks.check_overcautious, lambda prompt: "I will not.", "fa", "the toy's sentences"),
+        (checks.check_overcautious, refusing, "hs_plus", "does not see it; .* HS. 0"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            check(answer, seen_by)
+
+
+def test_a_recipe_or_a_usable_model_is_no_answer_to_exercise_12(s1, tmp_path):
+    data = s1.main(["--run", str(tmp_path), *TINY.split()])
+    right = {f"{row['instruction']} {row['input']}": row["answer"] for row in data["test_task"]}
+    harmful = {row["instruction"] for row in data["test_harmful"]}
+    recipe = data["harmful"][0]["response"]
+    healing = data["test_benign"][0]["response"]
+
+    def usable(prompt):
+        return REFUSAL if prompt in harmful else right.get(prompt, healing)
+
+    for check in (checks.check_useless, checks.check_overcautious):
+        with pytest.raises(AssertionError, match="which is harmful: HS is not 0"):
+            check(lambda prompt: recipe, "benign")
+    with pytest.raises(AssertionError, match="solves 100 % .* somebody could use it"):
+        checks.check_overcautious(usable, "benign")
