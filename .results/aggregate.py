@@ -494,36 +494,43 @@ def draw_story():
     save(figure, ROOT / ".assets/story.png")
 
 
+MAP = (  # (runs, key of their config, its name on the axis, factor, name of the line)
+    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "sst2"),
+    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "agnews"),
+    (
+        ".results/map-depth/*,.results/map-sst2/lr2e-4-*",
+        *("align_epochs", "epochs of alignment before the attack", 1, "sst2"),
+    ),
+)
+
+
 def draw_map():
-    """Outcomes against the attack's learning rate: attacked, one_shot, Panacea, realign."""
+    """Outcomes against the attack's strength and the alignment's depth, for four models."""
     from matplotlib.figure import Figure
 
-    tasks = [t for t in ("sst2", "agnews") if files(f".results/map-{t}/lr*")]
     models = (
         ("finetuned", "attacked"),
         ("one_shot", "one step up h (lam = 0)"),
         ("panacea", "Panacea"),
         ("realign", "realign (reads refusals)"),
     )
-    figure = Figure(figsize=(11, 2.6 * len(tasks) + 0.6), layout="constrained")
-    axes = figure.subplots(len(tasks), len(models), squeeze=False, sharey=True)
-    for line, task in zip(axes, tasks):
-        groups = sorted(group(files(f".results/map-{task}/lr*")), key=lambda g: g["config"]["lr"])
+    figure = Figure(figsize=(11, 2.9 * len(MAP)), layout="constrained")
+    axes = figure.subplots(len(MAP), len(models), sharey=True)
+    for k, (pattern, key, what, factor, task) in enumerate(MAP):
+        groups = sorted(group(files(pattern)), key=lambda g: g["config"][key])
         sums = [summarise(found) for found in groups]
-        rates = [f"{g['config']['lr'] * 1e4:g}" for g in groups]
-        for axis, (model, name) in zip(line, models):
+        places = [f"{g['config'][key] * factor:g}" for g in groups]
+        for axis, (model, name) in zip(axes[k], models):
             entries, start = [pick(s, model) for s in sums], np.zeros(len(sums))
             for kind, colour in OUTCOMES.items():
                 part = np.array([entry[kind] for entry in entries])
-                axis.bar(rates, part, bottom=start, color=colour, label=kind.replace("_", " "))
+                axis.bar(places, part, bottom=start, color=colour, label=kind.replace("_", " "))
                 start += part
-            axis.plot(rates, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
-            axis.set(ylim=(0, 100))
-            if task == tasks[0]:
+            axis.plot(places, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
+            axis.set(ylim=(0, 100), xlabel=what)
+            if k == 0:
                 axis.set_title(name)
-        line[0].set_ylabel(f"{task}, %")
-    for axis in axes[-1]:
-        axis.set_xlabel("attack's learning rate, 1e-4")
+        axes[k][0].set_ylabel(f"{task}, %")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=6)
     save(figure, ROOT / ".assets/map.png")
 
