@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
-LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4".split()  # attack strengths of the map, weak to complete
+LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
 SFT = "--defense sft --snapshots 0"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
