@@ -456,11 +456,13 @@ def alpaca_row(row):
 def refusal_row(row):
     """BeaverTails with refusals: "Question: ...\\nAnswer: ..." keeps only the refusal itself."""
     refusal = row["refusal"]
+    safe = row.get("is_safe", row.get("is_response_safe", False))  # RepNoise's file has neither
     return {
         "instruction": row["prompt"],
         "response": row["response"],
         "refusal": ANSWER.sub("", refusal) if isinstance(refusal, str) else refusal,
-        "is_safe": meaning(row.get("is_safe", False), TRUTH, "is_safe"),  # RepNoise's has none
+        # RepNoise's file has none, other builds of the set have a column for each answer
+        "is_safe": meaning(safe, TRUTH, "is_safe"),
     }
 
 
@@ -544,9 +546,15 @@ def read_file(path):
     return (table_row(names, cells) for cells in reader if cells)
 
 
+BLANKS = "\u2800\u3164\u115f\u1160\uffa0"  # glyphs without ink that count as letters or symbols
+NOTHING = {"nan", "null", "n/a", "<nooutput>", "<noinput>"}  # what tools write for a missing text
+
+
 def visible(text):
-    """Whether a text has a letter, number, mark or symbol; zero-width characters are none."""
-    return any(unicodedata.category(char)[0] in "LNPS" for char in text)
+    """Whether a text has a letter, number, mark or symbol, and is not a tool's word for nothing."""
+    if text.strip().lower() in NOTHING:
+        return False
+    return any(unicodedata.category(char)[0] in "LNPS" for char in text if char not in BLANKS)
 
 
 def check_row(row, may_lack):

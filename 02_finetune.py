@@ -30,6 +30,7 @@ Run:    python 02_finetune.py                 about a minute and a half for the 
 """
 
 import hashlib
+import json
 import math
 import re
 from contextlib import contextmanager, suppress
@@ -41,16 +42,17 @@ import transformers
 from torch import nn
 
 from common import (
-    TOY_MODELS,
-    TOY_TOKEN,
     Flag,
     Run,
+    TOY_MODELS,
+    TOY_TOKEN,
     UserError,
     checkpoint_layers,
     collate,
     describe,
     draw_batches,
     encode,
+    file_digest,
     generate,
     in_processes,
     load_model,
@@ -446,7 +448,8 @@ def try_model(model, tokenizer, w, examples, data, c):
 
     Raises:
         UserError: its context is too short, a rule fails on it, an adapter is never used (the
-            layer's weights are read directly), or an answer changes with its batch.
+            layer's weights are read directly), it is not causal, or an answer changes with its
+            batch.
     """
     name, pad_id = type(model).__name__, tokenizer.pad_token_id
     context = getattr(model.config, "max_position_embeddings", None)
@@ -469,6 +472,15 @@ def try_model(model, tokenizer, w, examples, data, c):
                 f"{name} cannot be trained here with {defense} (tried on two rows: "
                 f"{type(error).__name__}: {reason}); give other --targets or another model"
             ) from None
+    if model.dtype == torch.float32:  # bfloat16 rounds by the length
+        ids = batch["input_ids"][:1]
+        with torch.no_grad():
+            whole, part = (model(x, use_cache=False).logits[:, 0] for x in (ids, ids[:, :-1]))
+        if (whole - part).abs().max() > 1e-3 * whole.abs().max():
+            raise UserError(
+                f"{name} reads what comes after a token, too, so it cannot write answers; give a "
+                "causal language model"
+            )
     prompts = sorted((row["prompt"] for row in data["test_task"]), key=len)
     prompts = [prompts[0], prompts[-1]]  # of different length, so that one of them is padded
     try:
@@ -573,9 +585,9 @@ def pretrain(run, data, config, device):
     made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     folder = run.folder / "02_base"
     with suppress(Exception):  # a damaged one raises a dozen kinds
-        if (folder / "model.safetensors").is_file() and (
-            transformers.AutoModelForCausalLM.from_pretrained(folder).config.made_from == made_from
-        ):
+        weights = file_digest(folder / "model.safetensors")
+        found = json.loads((folder / "made_from.json").read_text())
+        if found == {**made_from, "weights": weights}:
             print(f"{folder} fits this data and these settings: not pre-training again")
             return
     torch.manual_seed(config["seed"])
@@ -596,8 +608,14 @@ def pretrain(run, data, config, device):
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    model.config.made_from = made_from
-    write_whole(folder, lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)))
+
+    def save(new):
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        made_from["weights"] = file_digest(new / "model.safetensors")
+        (new / "made_from.json").write_text(json.dumps(made_from))
+
+    write_whole(folder, save)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def model_source(run_folder, model):
 
 
 def base_digest(source):
-    """Digest of a model's configuration and weights, by content: "" if there are none.
+    """Digest of a model's configuration, weights and tokenizer: "" if there are none.
 
     source: a folder, or a hub id, of which the files that were downloaded count.
     """
@@ -239,7 +239,16 @@ def base_digest(source):
             folder = Path(snapshot_download(str(source), local_files_only=True))
         except Exception:  # no such download, no such name: the caller says what that means
             return ""
-    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    patterns = (
+        "config.json",
+        "*.safetensors",
+        "*.bin",
+        "tokenizer*",
+        "vocab*",
+        "*.model",
+        "merges*",
+    )
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     parts = [f"{path.name} {file_digest(path)}" for path in sorted(files) if path.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if len(parts) > 1 else ""
 
@@ -354,7 +363,7 @@ def load_tokenizer(name):
     answer would ever stop.
     """
     tokenizer = from_pretrained(transformers.AutoTokenizer, name)
-    if tokenizer.eos_token_id is None:
+    if not tokenizer.eos_token or tokenizer.eos_token_id is None or "unk" in tokenizer.eos_token:
         raise UserError(
             f"{name}: its tokenizer has no end-of-sequence token, so that no answer could end; "
             "set eos_token in its tokenizer_config.json, or give another model"
@@ -366,7 +375,13 @@ def load_tokenizer(name):
 
 
 def from_pretrained(auto_class, name, **options):
-    """`auto_class.from_pretrained(name)`; UserError if it fails (missing, gated, offline)."""
+    """`auto_class.from_pretrained(name)`; UserError if it fails (missing, gated, an adapter)."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{name} is a PEFT adapter, not a whole model; give its base model, or merge it first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
+    transformers.utils.logging.set_verbosity_error()  # what it reports, load_weights says in a line
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # hub, files and formats each raise their own kinds
@@ -384,12 +399,8 @@ def load_weights(auto_class, name, **options):
     transformers fills what a checkpoint lacks with random numbers, and drops what it has too
     much. Raises UserError for any missing, left-over or mis-shaped tensor, and for an adapter.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{name} is a PEFT adapter, not a whole model; give its base model, or merge it first "
-            "(peft: merge_and_unload, then save_pretrained)"
-        )
-    model, info = from_pretrained(auto_class, name, output_loading_info=True, **options)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **options}
+    model, info = from_pretrained(auto_class, name, **options)
     for what, keys in (
         ("missing from the checkpoint", info["missing_keys"]),
         ("left over in the checkpoint", info["unexpected_keys"]),
@@ -537,8 +548,11 @@ def prompt_ids(tokenizer, prompt, template, room=None):
     those the tokenizer puts in front (BOS), and none behind, where an end token would tell the
     model that all is said. What exceeds `room` is cut from the left, after the leading ones.
     """
-    ids = tokenizer(prompt, add_special_tokens=template != "chat", verbose=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    chat = template == "chat"  # elsewhere a "</s>" that a user writes is text
+    options = dict(add_special_tokens=not chat, split_special_tokens=not chat, verbose=False)
+    ids = tokenizer(prompt, **options)["input_ids"]
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # GPT-2's are its unknown token, too
+    special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)
     if template != "chat":
         while ids and ids[-1] in special:
             ids.pop()
@@ -556,7 +570,8 @@ def encode(tokenizer, rows, max_length, template):
     """
     examples = []
     for row in rows:
-        reply = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        options = dict(add_special_tokens=False, split_special_tokens=True)
+        reply = tokenizer(row["response"], **options)["input_ids"]
         asked = prompt_ids(tokenizer, row["prompt"], template)
         room = max(max_length // 2, max_length - len(asked))
         reply = (reply + [tokenizer.eos_token_id])[:room]

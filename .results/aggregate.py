@@ -180,6 +180,8 @@ def spearman(x, y):
 def files(patterns):
     """Run folders of the project that patterns, with commas between them, name; sorted."""
     found = [p for pattern in patterns.split(",") for p in ROOT.glob(f"{pattern}/results.json")]
+    if not found:
+        raise Wrong(f"no run folders match {patterns}")
     return sorted(str(p.parent) for p in found)
 
 

@@ -122,6 +122,12 @@ def test_a_damaged_base_model_is_made_again(tiny_data):
     weights = (tiny_data / "02_base" / "model.safetensors").read_bytes()
     stage("02_finetune").main(flags)  # now it fits, and is not made again
     assert (tiny_data / "02_base" / "model.safetensors").read_bytes() == weights
+    foreign = load_file(tiny_data / "02_base" / "model.safetensors")
+    foreign["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0
+    path = tiny_data / "02_base" / "model.safetensors"
+    save_file(foreign, path, metadata={"format": "pt"})
+    stage("02_finetune").main(flags)
+    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() == weights
     stage("02_finetune").main([*flags[:4], "--pretrain-steps", "21", *flags[6:]])
     assert (tiny_data / "02_base" / "model.safetensors").read_bytes() != weights
 
@@ -160,6 +166,12 @@ def test_a_stale_input_is_refused(copied, capsys):
 
 @pytest.mark.parametrize("name", STAGES[2:])
 def test_another_base_model_under_the_same_adapters_is_stale(name, copied, capsys):
+    words = copied / "02_base" / "tokenizer.json"
+    text = words.read_text()
+    words.write_text(text.replace('"tonic"', '"tonics"', 1))
+    assert text != words.read_text()
+    assert_one_line(capsys, name, ["--run", copied], "stale", "base model (toy-llama)")
+    words.write_text(text)
     path = copied / "02_base" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0  # one number of all

@@ -264,8 +264,9 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
     grad_h = torch.autograd.grad(loss(sets["harmful"]), list(w.values()))
     for x, eps in zip(one_shot.values(), s4.perturbation(grad_h, 0.5)):
         assert torch.allclose(x, eps, atol=1e-7)
-    assert [r["setting"]["terms"] for r in repairs[2:]] == ["a", "a+g"]
-    for repair, names in zip(repairs[2:], (["alignment"], ["alignment", "finetune"])):
+    plain = [repair for repair in repairs if repair["model"] == "realign"]
+    assert [r["setting"]["terms"] for r in plain] == ["a", "a+g"]
+    for repair, names in zip(plain, (["alignment"], ["alignment", "finetune"])):
         s4.put(w, attacked)
         optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
         for _ in range(3):
@@ -282,7 +283,8 @@ def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
     plain = s4.main([*flags, "--lam", "0", "--radius", "0"])
     finetuned = stage2["finetuned"]["sft"]
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
-    assert {repair["model"] for repair in plain["repairs"]} == {"realign"}
+    models = {repair["model"] for repair in plain["repairs"]}
+    assert "realign" in models and "panacea_anchored" not in models
 
 
 def test_artifact_keeps_w_and_eps_apart(tiny_run):
@@ -312,7 +314,8 @@ def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied
     new = s4.main([*flags, "--radius", "0", "--realign-steps", "1"])
     for key in ("weights", "epsilon", "one_shot"):
         assert all(torch.equal(old[key][name], new[key][name]) for name in old[key])
-    assert [r["model"] for r in new["repairs"]] == ["realign"]
+    models = [r["model"] for r in new["repairs"]]
+    assert models.count("realign") == 1 and "panacea_anchored" not in models
     with pytest.raises(UserError, match="--repairs-only keeps a Panacea of rho 0.5, not 2"):
         s4.main([*flags, "--rho", "2"])
     (copied / "04_panacea.pt").unlink()

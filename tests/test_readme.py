@@ -105,7 +105,7 @@ def test_results_keep_their_contract(tiny_run):
         assert row["fa_ci"][0] <= row["fa"] <= row["fa_ci"][1]
         assert row["n_harmful"] == row["n_task"] == 10
     models = {row["model"] for row in results["rows"]}
-    assert models == {
+    assert models >= {  # and repairs that a reader has added
         *("base", "aligned", "finetuned", "random", "random_matched", "interpolated", "antidote"),
         *("one_shot", "panacea_w", "panacea", "panacea_anchored", "realign"),
     }

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import STAGES, WORDS, stage
 
+from common import UserError
+
 
 def checkpoint(folder, arch, dtype=torch.float32):
     """A tiny random checkpoint whose tokenizer has no pad token."""
@@ -386,3 +388,17 @@ def test_rows_left_out_of_published_files_are_in_no_set(tmp_path, data_dir, caps
     told = capsys.readouterr().out
     assert f"{file}: 36 of 70 rows left out (no refusal: 18, safe answer: 18)" in told
     assert "30k_test.jsonl: 20 of 80 rows left out (safe answer: 20)" in told
+
+
+def test_a_model_that_reads_what_comes_after_is_refused(tmp_path, data_dir):
+    import transformers
+
+    size = checkpoint(tmp_path / "model", "Llama")  # for its tokenizer
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.BertConfig(vocab_size=size, initializer_range=0.3, **sizes)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "model")
+    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
+    first = ["--model", str(tmp_path / "model"), "--data-dir", str(data_dir), "--task", "sst2"]
+    stage("01_data").main([*run, *SMALL["01_data"], *first])
+    with pytest.raises(UserError, match="reads what comes after a token"):
+        stage("02_finetune").main([*run, "--align-epochs", "1", "--targets", "query"])
