@@ -501,7 +501,7 @@ MAP = (  # (runs, key of their config, its name on the axis, factor, name of the
     (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "agnews"),
     (
         ".results/map-depth/*,.results/map-sst2/lr2e-4-*",
-        *("align_epochs", "epochs of alignment before the attack", 1, "sst2"),
+        *("align_epochs", "epochs of alignment", 1, "sst2"),
     ),
 )
 
