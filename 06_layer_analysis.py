@@ -151,7 +151,8 @@ def print_layers(rows, ends, agreement):
     for key, what in (("hs", "the fall of HS"), ("refusal", "the rise of refusals")):
         for size, views in agreement.get(key, {}).items():
             values = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
-            print(f"rank correlation of {size} with {what}: {values or 'no layer differs'}")
+            found = values or "no layer differs"
+            print(f"rank correlation of {size} with {what} ({len(rows)} layers): {found}")
 
 
 def draw(rows, ends, path):

@@ -382,6 +382,7 @@ def from_pretrained(auto_class, name, **options):
             "(peft: merge_and_unload, then save_pretrained)"
         )
     transformers.utils.logging.set_verbosity_error()  # what it reports, load_weights says in a line
+    transformers.utils.logging.disable_progress_bar()  # seconds of loading; the lesson's have bars
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # hub, files and formats each raise their own kinds
@@ -673,4 +674,6 @@ def in_processes(function, jobs):
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locked threads
     with spawn.Pool(count, initializer=_quiet_worker) as pool:
         parts = pool.map(partial(_saved, function), jobs, chunksize=1)
+        pool.close()
+        pool.join()  # so that they end by themselves, with nothing left to clear up
     return [torch.load(io.BytesIO(part), weights_only=True) for part in parts]

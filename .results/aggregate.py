@@ -97,7 +97,7 @@ def group(folders):
     for folder in folders:
         results = read(folder)
         c = results["config"]
-        key = json.dumps([c.get(name) for name in QUESTION])
+        key = tuple(str(c.get(name)) for name in QUESTION)
         found = groups.setdefault(key, {"config": c, "seeds": [], "rows": {}})
         found["seeds"].append(c["seed"])
         for row in results["rows"]:
