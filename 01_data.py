@@ -456,12 +456,11 @@ def alpaca_row(row):
 def refusal_row(row):
     """BeaverTails with refusals: "Question: ...\\nAnswer: ..." keeps only the refusal itself."""
     refusal = row["refusal"]
-    safe = row.get("is_safe", row.get("is_response_safe", False))  # RepNoise's file has neither
+    safe = row.get("is_safe", row.get("is_response_safe", False))  # RepNoise's has none
     return {
         "instruction": row["prompt"],
         "response": row["response"],
         "refusal": ANSWER.sub("", refusal) if isinstance(refusal, str) else refusal,
-        # RepNoise's file has none, other builds of the set have a column for each answer
         "is_safe": meaning(safe, TRUTH, "is_safe"),
     }
 

@@ -26,7 +26,7 @@ Reading order: LoRALinear, answer_loss, the rules, train, align, attack; five mi
 makes the toy's base model and tries a model before hours are spent on it.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base as well)
-Run:    python 02_finetune.py                 about a minute and a half for the toy
+Run:    python 02_finetune.py                 about two minutes for the toy
 """
 
 import hashlib
@@ -42,10 +42,10 @@ import transformers
 from torch import nn
 
 from common import (
-    Flag,
-    Run,
     TOY_MODELS,
     TOY_TOKEN,
+    Flag,
+    Run,
     UserError,
     checkpoint_layers,
     collate,

@@ -239,16 +239,8 @@ def base_digest(source):
             folder = Path(snapshot_download(str(source), local_files_only=True))
         except Exception:  # no such download, no such name: the caller says what that means
             return ""
-    patterns = (
-        "config.json",
-        "*.safetensors",
-        "*.bin",
-        "tokenizer*",
-        "vocab*",
-        "*.model",
-        "merges*",
-    )
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    patterns = "config.json *.safetensors *.bin tokenizer* *.model vocab* merges*".split()
+    files = {path for pattern in patterns for path in folder.glob(pattern)}
     parts = [f"{path.name} {file_digest(path)}" for path in sorted(files) if path.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if len(parts) > 1 else ""
 
@@ -363,7 +355,8 @@ def load_tokenizer(name):
     answer would ever stop.
     """
     tokenizer = from_pretrained(transformers.AutoTokenizer, name)
-    if not tokenizer.eos_token or tokenizer.eos_token_id is None or "unk" in tokenizer.eos_token:
+    end = tokenizer.eos_token  # GPT-2's is its unknown token, too, and is an end all the same
+    if not end or tokenizer.eos_token_id is None or (end == tokenizer.unk_token and "unk" in end):
         raise UserError(
             f"{name}: its tokenizer has no end-of-sequence token, so that no answer could end; "
             "set eos_token in its tokenizer_config.json, or give another model"

@@ -229,7 +229,7 @@ def gsm8k(answer):
     return [{"question": "How many?", "answer": answer}]
 
 
-BLANK = ["", " ", "\t\n", "\u00a0\u2003", "\u200b\ufeff\u2060", None]
+BLANK = ["", " ", "\t\n", "\u00a0\u2003", "\u200b\ufeff\u2060", "\u2800\u3164", "nan", " N/A", None]
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,11 @@ def test_a_gold_answer_without_a_number_is_refused(s1, tmp_path, answer):
             for safe in (True, "true", "True", " TRUE", 1, "1")
         ),
         ("beavertails", harm(response=""), "no response"),
+        (
+            "refusals",
+            [{"prompt": "How?", "response": "So.", "refusal": "No.", "is_response_safe": True}],
+            "safe answer",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_left_out_and_counted(s1, tmp_path, capsys, name, bad, reason):

@@ -471,6 +471,9 @@ def test_a_tokenizer_without_an_end_is_refused(s2, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-sequence token"):
         common.load_tokenizer(tmp_path)
+    tokenizer.eos_token = "<|junk|>"  # a name like any other
+    tokenizer.save_pretrained(tmp_path)
+    assert common.load_tokenizer(tmp_path).eos_token == "<|junk|>"
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-sequence token"):
