@@ -100,7 +100,8 @@ NOT = (
 DO = (
     r"(?:help|assist|answer|provide|give|share|explain|support|comply|do|discuss|offer|fulfill?|"
     r"be of|tell|teach|engage|participate|condone|encourage|recommend|advise|suggest|write|brew|"
-    r"say|create|generate|respond|describe|show|advocate|promote|guide|instruct|continue|make|in good)"
+    r"say|create|generate|respond|describe|show|advocate|promote|guide|instruct|continue|make|"
+    r"in good)"
 )
 CALLS = (  # "it is not safe", "that would be illegal", "hurting people is wrong"
     r"(?:it|that|this|\w+ing \w+)(?: is|'s| would be| would|'d be) (?:(?:not|never|n't) (?:be )?"
