@@ -36,11 +36,6 @@ import re
 from contextlib import contextmanager, suppress
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-import transformers
-from torch import nn
-
 from common import (
     TOY_MODELS,
     TOY_TOKEN,
@@ -64,6 +59,11 @@ from common import (
     stage_parser,
     write_whole,
 )
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
 
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
 # fmt: off

@@ -23,8 +23,6 @@ Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/03_random_perturb.pt
 Run:    python 03_random_perturb.py                          under 10 seconds for the toy
 """
 
-import torch
-
 from common import (
     Flag,
     Run,
@@ -40,6 +38,8 @@ from common import (
     say_next,
     stage_parser,
 )
+
+import torch
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning

@@ -34,12 +34,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import common  # the parts that are no lesson: flags, files, loading, batches
+from common import Flag, Run, UserError
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common  # the parts that are no lesson: flags, files, loading, batches
-from common import Flag, Run, UserError
 
 # fmt: off
 

@@ -40,11 +40,6 @@ import os
 import re
 import unicodedata
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-
 from common import (
     Flag,
     Run,
@@ -65,6 +60,11 @@ from common import (
     stage_parser,
     write_whole,
 )
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning

@@ -18,6 +18,7 @@ import importlib
 import io
 import itertools
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (
@@ -37,9 +36,12 @@ from common import (
     encode,
     generate,
     load_tokenizer,
-    resolve,
+    load_weights,
     progress,
+    resolve,
 )
+
+import torch
 
 STAGES = (
     "01_data",
@@ -578,6 +580,46 @@ def busy(toy):
     torch.set_num_threads(before)
 
 
+def step_time(folder, threads):
+    """Print the median seconds of a gradient of plain fine-tuning on a real checkpoint."""
+    import transformers
+
+    torch.set_num_threads(threads)
+    s2 = importlib.import_module(STAGES[1])
+    model = load_weights(transformers.AutoModelForCausalLM, folder, dtype=torch.float32).eval()
+    params = list(s2.add_lora(model, ["all"], 16, 16).values())
+    ids = torch.randint(4, model.config.vocab_size, (10, 96))
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(96) < 64, -100, ids)}
+    job = {"x": lambda: s2.sft_rule(model, params, batch)}
+    rounds(job, 1)
+    print(statistics.median(rounds(job, 4)["x"]))
+
+
+def busy_checkpoint(folder):
+    """The same on a real checkpoint, for threads that wait by spinning, or sleep; each alone."""
+
+    def seconds(threads, environment):
+        command = [sys.executable, __file__, "--model", folder, "--step", str(threads)]
+        environment = {**os.environ, **environment}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return float(done.stdout.split()[-1])
+
+    for name, threads, environment in (
+        ("two threads that spin", 2, {"GOMP_SPINCOUNT": "300000"}),  # GNU's OpenMP by itself
+        ("two threads that sleep", 2, {}),  # as common.py asks
+        ("one thread", 1, {}),
+    ):
+        idle = seconds(threads, environment)
+        loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            other = seconds(threads, environment)
+        finally:
+            loop.kill()
+        print(
+            f"  {name:23} idle {idle:.2f} s; beside a busy process {other / idle:.2f}x", flush=True
+        )
+
+
 def story():
     """Seconds of each stage of the default run, each in a process of its own."""
     total = 0.0
@@ -619,9 +661,12 @@ def main(argv=None):
     parser.add_argument(
         "--model", metavar="FOLDER", help="steps and answers of this checkpoint instead of the toy"
     )
+    parser.add_argument("--step", type=int, help=argparse.SUPPRESS)  # what --busy --model runs
     args = parser.parse_args(argv)
+    if args.step:
+        return step_time(args.model, args.step)
     if args.model:
-        return checkpoint(args.model)
+        return busy_checkpoint(args.model) if args.busy else checkpoint(args.model)
     if args.data_dir:
         return real_steps(args.data_dir)
     if args.story or args.memory_7b:
