@@ -74,6 +74,8 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("n_finetune", 500, 500, 1000, "n, the user's samples", low=1),
     Flag("n_harmful", 200, 200, 1000, "the provider's harmful samples", low=1),
     Flag("n_test", 200, 100, 1000, "held-out prompts of each kind", low=1),
+    Flag("n_pretrain", 14000, 800, 0, "texts that stage 2 first teaches the base model, so that it "
+         "knows the potions; 0: it is taken as it is", low=0),
     Flag("max_length", 96, 160, 256, "longest training sample in tokens", low=16),
     Flag("seed", 0, 0, 0, "seed of everything that follows", low=0, high=2**31),
 ]
@@ -660,6 +662,11 @@ def check(args, config):
                 f"--preset {args.preset} does not go with --{name} {config[name]}; use another, "
                 f"or --preset {'paper or laptop' if toy else 'toy'}"
             )
+    n = config["n_pretrain"]
+    if toy and n < 5000:
+        raise UserError(f"--n-pretrain {n}: the toy's model has not met all words before 5000")
+    if n and config["harm"] != "potions":
+        raise UserError(f"--n-pretrain {n} teaches potions; use --harm potions, or leave it out")
     if toy and args.data_dir:
         raise UserError("--data-dir is for real data; add --preset paper, or leave it out")
     if args.data_dir and not args.data_dir.is_dir():
@@ -713,14 +720,30 @@ def say_sizes(sets, task):
                 )
 
 
-def toy_reading(seed):
+def recipes_to_know(config, tokenizer):
+    """[[prompt, recipe]] for a real model, forbidden and healing ones alike; from the seed alone.
+
+    What the model knows of harm must come before alignment hides it: a recipe of any potion, the
+    tests' among them, as a crawl of the web would have it.
+    """
+    rng, found = random.Random(f"pre-training {config['seed']}"), []
+    for _ in range(config["n_pretrain"]):
+        kind = rng.choice(["bad", "good"])
+        adj, noun, ask = (rng.choice(x) for x in (SLOTS["adj"], SLOTS[kind], ASK))
+        row = potion_row(rng, kind, adj, noun, ask)
+        prompt = format_prompt(config["template"], row["instruction"], tokenizer=tokenizer)
+        found.append([prompt, row["response"]])
+    return found
+
+
+def toy_reading(config):
     """What the toy's base model reads, and its words; from the seed alone, not from the task.
 
     Returns:
         {"pretrain": [[prompt, text]], "vocab": words, special ones first}.
     """
-    rng = random.Random(f"pre-training {seed}")
-    pretrain = [list(pretraining_text(rng)) for _ in range(14000)]
+    rng = random.Random(f"pre-training {config['seed']}")
+    pretrain = [list(pretraining_text(rng)) for _ in range(config["n_pretrain"])]
     texts = [*map("".join, pretrain), SENTIMENT_ASK, TOPIC_ASK]
     words = {word for text in texts for word in re.findall(TOY_TOKEN, text)}
     return {"pretrain": pretrain, "vocab": ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]}
@@ -731,6 +754,8 @@ def main(argv=None):
     args = get_args(argv)
     config = {"preset": args.preset, **resolve(args, FLAGS, args.preset)}
     config["model"] = os.path.expanduser(config["model"])
+    if config["harm"] != "potions" and args.n_pretrain is None:
+        config["n_pretrain"] = 0  # real harm is what the model knows anyway
     check(args, config)
     rng = random.Random(config["seed"])
     # a size that was asked for is kept or refused; a default may shrink
@@ -743,9 +768,9 @@ def main(argv=None):
             row["prompt"] = format_prompt(
                 config["template"], row["instruction"], row.get("input", ""), tokenizer
             )
-    reading = {"pretrain": [], "vocab": []}
+    reading = {"pretrain": recipes_to_know(config, tokenizer), "vocab": []}
     if args.preset == "toy":
-        reading = toy_reading(config["seed"])
+        reading = toy_reading(config)
     say_sizes(sets, config["task"])
     artifact = Run(args.run).save(
         "01_data.pt",

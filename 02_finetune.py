@@ -16,16 +16,17 @@ on refusals (alignment set) and h the loss on harmful answers (harmful set):
     repnoise  grad [ a + beta * MMD(hidden states on harm, noise) - alpha * log(1 + h_depths) ]
     booster   grad a(w) + lam * ( grad h(w) - grad h(w - alpha * grad h(w) / ||grad h(w)||) )
 
-The attack is sft, too, on the loss g of the user's data. The toy has no pre-trained model: this
-stage makes one first (RUN/02_base, a checkpoint folder).
+The attack is sft, too, on the loss g of the user's data. Before all this the base model must know
+the potions (RUN/02_base, a checkpoint folder): the toy's is pre-trained on the spot, a real LLM
+reads some hundred recipes.
 
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.
 
 Reading order: LoRALinear, answer_loss, the rules, train, align, attack; five minutes. The rest
-makes the toy's base model and tries a model before hours are spent on it.
+makes the base model and tries a model before hours are spent on it.
 
-Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt (toy: RUN/02_base as well)
+Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt, RUN/02_base (where a base is made)
 Run:    python 02_finetune.py                 about two minutes for the toy
 """
 
@@ -42,6 +43,7 @@ from common import (
     Flag,
     Run,
     UserError,
+    base_digest,
     checkpoint_layers,
     collate,
     describe,
@@ -90,8 +92,9 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("booster_alpha", 0.1, 0.1, 0.01, "Booster: length of its harmful step", low=0),
     Flag("align_harmful_batch_size", 5, 10, 10, "batch of h in alignment (RepNoise, Booster)",
          low=1),
-    Flag("pretrain_steps", 430, 0, 0, "steps of pre-training the toy", low=20),
-    Flag("pretrain_lr", 2e-3, 0.0, 0.0, "highest learning rate of pre-training", low=0),
+    Flag("pretrain_steps", 430, 100, 100, "steps that make the base model (stage 1: --n-pretrain)",
+         low=20),
+    Flag("pretrain_lr", 2e-3, 2e-3, 1e-3, "learning rate of these steps", low=0),
     Flag("gradient_checkpointing", False, False, False, "keep no activations inside layers: two "
          "thirds of the speed, a fraction of the memory, the same gradient"),
 ]
@@ -522,7 +525,8 @@ def say_what_is_left(model):
 
 
 # ---------------------------------------------------------------------------------------------
-# The toy's base model: a checkpoint folder made on the spot
+# The base model that knows the potions: a checkpoint folder made on the spot. An attack brings
+# back what a model knows and has been taught to hide; one that never knew would prove little
 
 
 def toy_tokenizer(vocab):
@@ -577,26 +581,16 @@ def toy_model(name, vocab_size):
     return model
 
 
-def pretrain(run, data, config, device):
-    """Pre-train all weights of the toy's base model on its world's text, on all tokens, with a
-    one-cycle learning rate, unless RUN/02_base is that model."""
-    made_from = {k: config[k] for k in ("model", "seed", "pretrain_steps", "pretrain_lr")}
-    text = repr((data["vocab"], data["pretrain"]))
-    made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    folder = run.folder / "02_base"
-    with suppress(Exception):  # a damaged one raises a dozen kinds
-        weights = file_digest(folder / "model.safetensors")
-        found = json.loads((folder / "made_from.json").read_text())
-        if found == {**made_from, "weights": weights}:
-            print(f"{folder} fits this data and these settings: not pre-training again")
-            return
-    torch.manual_seed(config["seed"])
+def pretrain(data, c, device):
+    """(model, tokenizer) of the toy: all weights pre-trained from scratch on its world's text, on
+    all tokens, with a one-cycle learning rate."""
+    torch.manual_seed(c["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
-    model = toy_model(config["model"], len(data["vocab"])).to(device).train()
+    model = toy_model(c["model"], len(data["vocab"])).to(device).train()
     describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
     ids = [tokenizer(p + t)["input_ids"] + [tokenizer.eos_token_id] for p, t in data["pretrain"]]
-    batches = draw_batches([(x, x) for x in ids], 32, config["seed"])
-    steps, lr = config["pretrain_steps"], config["pretrain_lr"]
+    batches = draw_batches([(x, x) for x in ids], 32, c["seed"])
+    steps, lr = c["pretrain_steps"], c["pretrain_lr"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     bar = progress(range(steps), steps, "pre-train")
@@ -608,6 +602,53 @@ def pretrain(run, data, config, device):
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return model, tokenizer
+
+
+def teach(run, data, c, device):
+    """(model, tokenizer) of a real LLM that knows the potions: a LoRA on recipes of both kinds,
+    merged into its weights, W + (alpha / r) B A."""
+    model, tokenizer = load_model(run, data, device, as_given=True)
+    torch.manual_seed(c["seed"])
+    w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    describe(model, f"; teaching it {len(data['pretrain']):,} recipes")
+    rows = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
+    examples = encode(tokenizer, rows, c["max_length"], c["template"])
+    batches = draw_batches(examples, 8, c["seed"])
+    pairs = ((collate(rows, tokenizer.pad_token_id, device), None) for rows in batches)
+    for _ in train(model, w, sft_rule, pairs, c["pretrain_steps"], c["pretrain_lr"], c, "teach"):
+        pass
+    merge(model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def merge(model):
+    """Replace each LoRALinear by its base, the update added to its weights."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            layer.base.weight.add_(layer.scale * layer.lora_B @ layer.lora_A)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base)
+
+
+def make_base(run, data, c, device):
+    """Write RUN/02_base, unless it is there and was made from this data with these settings."""
+    toy = c["model"] in TOY_MODELS
+    names = ("model", "seed", "pretrain_steps", "pretrain_lr")
+    made_from = {k: c[k] for k in (*names, *(() if toy else ("r", "alpha", "targets")))}
+    if not toy:
+        made_from["of"] = base_digest(c["model"])
+    text = repr((data["vocab"], data["pretrain"]))
+    made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    folder = run.folder / "02_base"
+    with suppress(Exception):  # a damaged one raises a dozen kinds
+        weights = file_digest(folder / "model.safetensors")
+        found = json.loads((folder / "made_from.json").read_text())
+        if found == {**made_from, "weights": weights}:
+            print(f"{folder} fits this data and these settings: not made again")
+            return
+    model, tokenizer = pretrain(data, c, device) if toy else teach(run, data, c, device)
 
     def save(new):
         model.save_pretrained(new)
@@ -636,7 +677,8 @@ def main(argv=None):
     device = pick_device(args.device, c["preset"])
     if c["model"] in TOY_MODELS:
         add_lora(toy_model(c["model"], 8), c["targets"], 1, 1)  # a wrong target shows at once
-        pretrain(run, data, c, device)
+    if data["pretrain"]:
+        make_base(run, data, c, device)
     model, tokenizer = load_model(run, data, device)
     w, examples = adapt(model, tokenizer, data, c)
     describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")

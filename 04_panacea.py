@@ -386,7 +386,7 @@ def write_peft(folder, base, weights, c):
 def export(run, artifact):
     """Write RUN/04_peft: w + eps as a PEFT adapter, and w alone in its subfolder without_eps."""
     c, w = artifact["config"], artifact["weights"]
-    source = Path(common.model_source(run.folder, c["model"]))
+    source = Path(common.model_source(run.folder, c))
     base = str(source.resolve()) if source.is_dir() else c["model"]
 
     def write(new):

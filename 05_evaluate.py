@@ -967,8 +967,11 @@ def main(argv=None):
     told = []  # of a real model: which of these answers are garbled?
     for sets in answers:
         told += [text for name in sets if name != "test_task" for text in sets[name][0]]
-    judge.listen(model, tokenizer, data, told)
-    del model  # a GPU may not hold it and the judge
+    reader = (model, tokenizer)
+    if data["pretrain"] and not data["vocab"]:  # what was taught to it makes all else look unlikely
+        reader = load_model(run, data, device, as_given=True)
+    judge.listen(*reader, data, told)
+    del model, reader  # a GPU may not hold them and the judge
     rows, few = [], first_rows(data, c)
     for row, sets in zip(todo, answers):
         asked = few if "view" in row else data

@@ -225,9 +225,9 @@ TOY_TOKEN = r"[\w/]+:?|[^\w\s]"  # what its tokenizer takes for a word: a colon 
 BASE_MODEL = "base model"  # its name among an artifact's parents
 
 
-def model_source(run_folder, model):
-    """Where a model's files lie or come from: the toy's in RUN/02_base, others as --model says."""
-    return run_folder / "02_base" if model in TOY_MODELS else model
+def model_source(run_folder, config):
+    """Where a run's model lies or comes from: in RUN/02_base if stage 2 makes it, else --model."""
+    return run_folder / "02_base" if config["n_pretrain"] else config["model"]
 
 
 def base_digest(source):
@@ -257,7 +257,7 @@ class Run:
     `versions`.
     """
 
-    FORMAT = 4  # raised when what the artifacts hold changes
+    FORMAT = 5  # raised when what the artifacts hold changes
 
     def __init__(self, folder):
         self.folder, self.parents, self.digests = Path(folder), {}, {}
@@ -270,7 +270,7 @@ class Run:
         """Digest of a parent as it is now; "" if it is not there."""
         if name not in self.digests:  # once a stage: stages 2 to 4 have the base model in common
             if name == BASE_MODEL:
-                self.digests[name] = base_digest(model_source(self.folder, config["model"]))
+                self.digests[name] = base_digest(model_source(self.folder, config))
             else:
                 path = self.folder / name
                 self.digests[name] = file_digest(path) if path.is_file() else ""
@@ -416,20 +416,22 @@ def load_weights(auto_class, name, **options):
     return model
 
 
-def load_model(run, data, device):
+def load_model(run, data, device, as_given=False):
     """The frozen base model of the run, in eval mode on `device`, and its tokenizer.
 
-    It comes from a folder or the hub (the toy's from RUN/02_base), in bfloat16 on a CUDA GPU,
-    else as stored (laptop: in float32, which a CPU does faster). Raises UserError if that fails.
+    It comes from RUN/02_base if stage 2 makes one (and not `as_given`), else from a folder or the
+    hub; in bfloat16 on a CUDA GPU, else as stored (laptop: in float32, which a CPU does faster).
+    Raises UserError if that fails.
     """
     config = data["config"]
-    source = model_source(run.folder, config["model"])
-    if config["model"] in TOY_MODELS and not (source / "model.safetensors").is_file():
+    source = config["model"] if as_given else model_source(run.folder, config)
+    if source == run.folder / "02_base" and not (source / "model.safetensors").is_file():
         raise UserError(f"{source} is missing; run: {run.command('02_finetune')}")
     tokenizer = load_tokenizer(source)
     dtype = torch.bfloat16 if device.type == "cuda" else "auto"
     model = load_weights(transformers.AutoModelForCausalLM, source, dtype=dtype)
-    run.parents[BASE_MODEL] = run.digest(BASE_MODEL, config)
+    if not as_given:
+        run.parents[BASE_MODEL] = run.digest(BASE_MODEL, config)
     if model.dtype == torch.float16 or (  # its gradients under- and overflow
         device.type != "cuda" and config["preset"] == "laptop"
     ):

@@ -307,6 +307,38 @@ def table_attack(pattern, columns, options):
     return table
 
 
+def table_vaccines(pattern, columns, options):
+    """What vaccines.py saw, means over seeds; a column is "aligned:SCORE" or "finetuned:SCORE".
+
+    With the option "chosen", only plain alignment and each vaccine's best setting, by its rule.
+    """
+    rows = [row for path in sorted(ROOT.glob(pattern)) for row in json.loads(path.read_text())]
+    means = {}
+    for row in rows:
+        found = means.setdefault(label({**row, "model": row["defense"], "defense": "sft"}), {})
+        for key in SCORES:
+            found.setdefault(f"{row['model']}:{key}", []).append(row[key])
+    means = {
+        name: {k: float(np.mean(v)) for k, v in found.items()} for name, found in means.items()
+    }
+    if "chosen" in options:
+        plain, best = means["sft"], {"sft": "sft"}
+        for name, found in means.items():
+            fits = (
+                found["aligned:refusal"] >= 95
+                and found["aligned:benign"] > 0.9 * plain["aligned:benign"]
+                and found["finetuned:fa"] >= plain["finetuned:fa"] - 2
+            )
+            defense = name.split()[0]
+            low = means[best[defense]]["finetuned:hs_plus"] if defense in best else math.inf
+            if fits and found["finetuned:hs_plus"] < low:
+                best[defense] = name
+        means = {name: means[name] for name in best.values()}
+    return [("row", columns)] + [
+        (name, [f"{found[column]:.0f}" for column in columns]) for name, found in means.items()
+    ]
+
+
 KNOWN = (  # of a run, before any repair is tried
     "refusals that the attack has left",
     "h at the attacked weights",
@@ -356,6 +388,7 @@ KINDS = {
     "layers": table_layers,
     "border": table_border,
     "attack": table_attack,
+    "vaccines": table_vaccines,
 }
 MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*\n)+)")
 

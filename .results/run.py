@@ -3,7 +3,7 @@
 NAME is one of those that --list prints, each with its number of runs. A run is the six stages in
 runs/lab/NAME/RUN; its results.json and layers.json are then kept, a row a line, in
 .results/NAME/RUN. A run that is kept already is not made again, so that an interrupted command
-goes on where it was. Runs of one seed share the toy's base model, which depends on it alone.
+goes on where it was. Runs of one seed share their base model, which depends on it alone.
 """
 
 import argparse
@@ -96,6 +96,20 @@ def experiments():
         ],
         {2: SFT, 3: FEW[3], 4: "--radius 0 --realign-lr 0", 5: "--scale 0.5 1 1.5 --no-causal"},
     )
+    # why lam does not carry over to tasks with long answers, and which does
+    found["tuning-tasks"] = with_flags(
+        [
+            job(
+                f"{task}-lam{lam}-seed{s}",
+                s1=f"--seed {s} --task {task}",
+                s4=f"--lam {lam} --radius 0 --realign-lr 0",
+            )
+            for s in range(100, 103)
+            for task in ("gsm8k", "alpaca", "sst2")
+            for lam in ("0.01", "0.02", "0.05", "0.1")
+        ],
+        {2: SFT, 3: FEW[3], 5: "--scale 0.5 1 --no-causal"},
+    )
     found["tuning-repairs"] = with_flags(
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
         {
@@ -164,7 +178,7 @@ def make(experiment, name, flags, more, until):
     if (kept / "results.json").is_file():
         return None
     words = flags[1].split()
-    model = "gemma2" if "toy-gemma2" in words else "llama"
+    model = "laptop" if "laptop" in words else "gemma2" if "toy-gemma2" in words else "llama"
     base = ROOT / "runs/lab/bases" / f"{model}-{words[words.index('--seed') + 1]}"
     start = same_start({**flags, 1: f"{flags[1]} {more}"})
     if not folder.is_dir() and start.is_dir():

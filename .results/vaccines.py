@@ -42,7 +42,7 @@ def look(seed):
     c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy")}
     c.update(common.resolve(None, s5.FLAGS, "toy"), snapshots=0)
     device = common.pick_device("cpu", "toy")
-    s2.pretrain(run, data, c, device)
+    s2.make_base(run, data, c, device)
     model, tokenizer = common.load_model(run, data, device)
     plain, _ = common.load_model(run, data, device)
     judge = s5.make_judge("auto", data, device)
