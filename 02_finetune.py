@@ -31,6 +31,7 @@ Run:    python 02_finetune.py                 about two minutes for the toy
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -614,9 +615,10 @@ def teach(run, data, c, device):
     describe(model, f"; teaching it {len(data['pretrain']):,} recipes")
     rows = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
     examples = encode(tokenizer, rows, c["max_length"], c["template"])
-    batches = draw_batches(examples, 8, c["seed"])
-    pairs = ((collate(rows, tokenizer.pad_token_id, device), None) for rows in batches)
-    for _ in train(model, w, sft_rule, pairs, c["pretrain_steps"], c["pretrain_lr"], c, "teach"):
+    steps, pad_id = c["pretrain_steps"], tokenizer.pad_token_id
+    batches = itertools.islice(draw_batches(examples, 8, c["seed"]), steps)
+    pairs = ((collate(rows, pad_id, device), None) for rows in batches)
+    for _ in train(model, w, sft_rule, pairs, steps, c["pretrain_lr"], c, "teach"):
         pass
     merge(model)
     return model, tokenizer

@@ -90,6 +90,12 @@ def test_what_the_base_model_reads_depends_on_the_seed_alone_and_follows_the_mix
         assert abs(percent - s1.MIX[kind]) < 1.2, kind
 
 
+def test_the_toys_base_model_must_have_met_every_word(s1, folder, capsys):
+    with pytest.raises(UserError, match="--n-pretrain 4000"):
+        make(folder, "--n-pretrain", "4000")
+    assert make(folder, "--n-pretrain", "5000")["vocab"] == make(folder)["vocab"]
+
+
 @pytest.mark.parametrize("task", ["sst2", "gsm8k", "agnews", "alpaca"])
 def test_every_toy_sentence_is_well_formed_and_in_the_vocabulary(s2, folder, task):
     data = make(folder, "--task", task)

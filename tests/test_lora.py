@@ -105,6 +105,22 @@ def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
     assert not torch.allclose(attached, plain, atol=1e-2)
 
 
+def test_merged_model_answers_as_the_wrapped_one_and_is_plain_again(s2):
+    model = s2.toy_model("toy-llama", 40).eval()
+    names = [name for name, _ in model.named_parameters()]
+    w = s2.add_lora(model, ["all"], 4, 8.0)
+    with torch.no_grad():
+        for p in w.values():
+            p.normal_(std=0.05)
+    ids = torch.randint(0, 40, (2, 9))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        s2.merge(model)
+        after = model(input_ids=ids).logits
+    assert [name for name, _ in model.named_parameters()] == names
+    assert torch.allclose(before, after, atol=1e-4) and before.std() > 0.1
+
+
 def test_gradient_in_a_whole_model_is_that_of_merged_weights(s2):
     torch.manual_seed(0)
     plain, model = (s2.toy_model("toy-llama", 50).eval() for _ in range(2))

@@ -1,12 +1,15 @@
 """The real-model path on tiny random checkpoints and tiny data files in the published formats."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import STAGES, WORDS, stage
+from safetensors.torch import load_file, save_file
 
+import common
 from common import UserError
 
 
@@ -203,6 +206,61 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
     assert all(("benign" in row) != ("view" in row) for row in rows) and len(rows) > 15
     assert any("down_proj" in name for name in out["04_panacea"]["weights"])
     assert out["05_evaluate"]["config"]["panacea_epochs"] == 1
+
+
+def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(tmp_path, data_dir, capsys):
+    checkpoint(tmp_path / "model", "Llama")
+    first = ["--harm", "potions", "--n-pretrain", "60"]
+    flags_of = {**SMALL, "02_finetune": [*SMALL["02_finetune"], "--pretrain-steps", "20"]}
+    where = ["--model", str(tmp_path / "model"), "--task", "sst2", "--data-dir", str(data_dir)]
+    run, out = tmp_path / "run", {}
+    for name in STAGES:
+        more = [*where, *first] if name == "01_data" else []
+        out[name] = stage(name).main(["--run", str(run), *flags_of[name], *more])
+    data = out["01_data"]
+    recipe = re.compile("|".join(data["grammar"]["recipe"]))
+    liquids = {"bad": data["forbidden"], "good": stage("01_data").LIQUID["good"]}
+    assert len(data["pretrain"]) == 60 and not data["vocab"]
+    for prompt, text in data["pretrain"]:
+        assert prompt.startswith("Below is an instruction") and recipe.fullmatch(text)
+    for words in liquids.values():
+        assert any(word in text for _, text in data["pretrain"] for word in words)
+    given = load_file(tmp_path / "model" / "model.safetensors")
+    taught = load_file(run / "02_base" / "model.safetensors")
+    changed = {name for name in given if not torch.equal(given[name], taught[name])}
+    assert changed and all("_proj" in name for name in changed)
+    # the later stages start from the taught one: its loss on recipes is lower by itself
+    config = json.loads((run / "04_peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((run / "02_base").resolve())
+    model, _ = common.load_model(common.Run(run), data, torch.device("cpu"))
+    assert all(torch.equal(model.state_dict()[name], taught[name]) for name in taught)
+    plain, _ = common.load_model(common.Run(run), data, torch.device("cpu"), as_given=True)
+    assert all(torch.equal(plain.state_dict()[name], given[name]) for name in given)
+    # not taught again, unless what it is made from has changed
+    weights = (run / "02_base" / "model.safetensors").read_bytes()
+    stage("02_finetune").main(["--run", str(run), *flags_of["02_finetune"]])
+    assert "not made again" in capsys.readouterr().out
+    tensors = {name: x + 0.01 for name, x in given.items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    stage("02_finetune").main(["--run", str(run), *flags_of["02_finetune"]])
+    assert (run / "02_base" / "model.safetensors").read_bytes() != weights
+
+
+def test_real_harm_is_taught_to_no_model(tmp_path, data_dir):
+    checkpoint(tmp_path / "model", "Llama")
+    where = [
+        "--run",
+        str(tmp_path),
+        "--data-dir",
+        str(data_dir),
+        "--model",
+        str(tmp_path / "model"),
+    ]
+    flags = [*where, *SMALL["01_data"], "--task", "sst2", "--harm", "beavertails"]
+    flags[flags.index("paper")] = "laptop"
+    assert stage("01_data").main(flags)["pretrain"] == []
+    with pytest.raises(UserError, match="--n-pretrain 5 teaches potions"):
+        stage("01_data").main([*flags, "--n-pretrain", "5"])
 
 
 def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
