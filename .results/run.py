@@ -52,6 +52,14 @@ def experiments():
         + [job(f"gemma2-seed{s}", s1=f"--seed {s} --model toy-gemma2") for s in range(5)],
         LEAN,
     )
+    found["toy-tasks-lam"] = with_flags(  # the tasks with long answers, with a lam tuned on them
+        [
+            job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}", s4="--lam 0.02")
+            for s in range(5)
+            for task in ("gsm8k", "alpaca")
+        ],
+        LEAN,
+    )
     found["toy-poison"] = with_flags(
         [
             job(f"p{p}-seed{s}", s1=f"--seed {s} --poison-ratio {p}")
