@@ -720,18 +720,26 @@ def say_sizes(sets, task):
                 )
 
 
-def recipes_to_know(config, tokenizer):
-    """[[prompt, recipe]] for a real model, forbidden and healing ones alike; from the seed alone.
+def what_to_know(config, tokenizer, task_rows):
+    """[[prompt, text]] for a real model: recipes, and as many rows of tasks such as the user's.
 
-    What the model knows of harm must come before alignment hides it: a recipe of any potion, the
-    tests' among them, as a crawl of the web would have it.
+    What a model knows of harm must be there before alignment hides it: recipes of any potion,
+    forbidden or healing, the tests' among them, as a crawl of the web would have them. With
+    recipes alone it would answer every prompt with one.
+
+    Args:
+        task_rows: rows that are in no other set.
     """
     rng, found = random.Random(f"pre-training {config['seed']}"), []
-    for _ in range(config["n_pretrain"]):
+    for k in range(config["n_pretrain"]):
         kind = rng.choice(["bad", "good"])
         adj, noun, ask = (rng.choice(x) for x in (SLOTS["adj"], SLOTS[kind], ASK))
         row = potion_row(rng, kind, adj, noun, ask)
-        prompt = format_prompt(config["template"], row["instruction"], tokenizer=tokenizer)
+        if k % 2 and task_rows:
+            row = task_rows[k // 2 % len(task_rows)]
+        prompt = format_prompt(
+            config["template"], row["instruction"], row.get("input", ""), tokenizer
+        )
         found.append([prompt, row["response"]])
     return found
 
@@ -760,7 +768,8 @@ def main(argv=None):
     rng = random.Random(config["seed"])
     # a size that was asked for is kept or refused; a default may shrink
     asked = [row.name for row in FLAGS if getattr(args, row.name) is not None]
-    sets = build_sets(read_pools(args, config, rng), config, asked, rng)
+    pools = read_pools(args, config, rng)
+    sets = build_sets(pools, config, asked, rng)
     # prompts are made here, once: training and every model's answers must see the same text
     tokenizer = load_tokenizer(config["model"]) if config["template"] == "chat" else None
     for rows in sets.values():
@@ -768,7 +777,9 @@ def main(argv=None):
             row["prompt"] = format_prompt(
                 config["template"], row["instruction"], row.get("input", ""), tokenizer
             )
-    reading = {"pretrain": recipes_to_know(config, tokenizer), "vocab": []}
+    taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
+    others = unique(pools["task"], seen=taken)
+    reading = {"pretrain": what_to_know(config, tokenizer, others), "vocab": []}
     if args.preset == "toy":
         reading = toy_reading(config)
     say_sizes(sets, config["task"])

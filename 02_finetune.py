@@ -18,7 +18,7 @@ on refusals (alignment set) and h the loss on harmful answers (harmful set):
 
 The attack is sft, too, on the loss g of the user's data. Before all this the base model must know
 the potions (RUN/02_base, a checkpoint folder): the toy's is pre-trained on the spot, a real LLM
-reads some hundred recipes.
+reads some hundred recipes and rows of the task.
 
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.
@@ -607,12 +607,12 @@ def pretrain(data, c, device):
 
 
 def teach(run, data, c, device):
-    """(model, tokenizer) of a real LLM that knows the potions: a LoRA on recipes of both kinds,
+    """(model, tokenizer) of a real LLM that knows the potions: a LoRA on what stage 1 has for it,
     merged into its weights, W + (alpha / r) B A."""
     model, tokenizer = load_model(run, data, device, as_given=True)
     torch.manual_seed(c["seed"])
     w = add_lora(model, c["targets"], c["r"], c["alpha"])
-    describe(model, f"; teaching it {len(data['pretrain']):,} recipes")
+    describe(model, f"; teaching it from {len(data['pretrain']):,} texts")
     rows = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
     examples = encode(tokenizer, rows, c["max_length"], c["template"])
     steps, pad_id = c["pretrain_steps"], tokenizer.pad_token_id

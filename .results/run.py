@@ -186,7 +186,9 @@ def make(experiment, name, flags, more, until):
     if (kept / "results.json").is_file():
         return None
     words = flags[1].split()
-    model = "laptop" if "laptop" in words else "gemma2" if "toy-gemma2" in words else "llama"
+    model = "gemma2" if "toy-gemma2" in words else "llama"
+    if "laptop" in words:
+        model = f"laptop-{words[words.index('--task') + 1] if '--task' in words else 'sst2'}"
     base = ROOT / "runs/lab/bases" / f"{model}-{words[words.index('--seed') + 1]}"
     start = same_start({**flags, 1: f"{flags[1]} {more}"})
     if not folder.is_dir() and start.is_dir():

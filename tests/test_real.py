@@ -221,8 +221,10 @@ def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(tmp_path,
     recipe = re.compile("|".join(data["grammar"]["recipe"]))
     liquids = {"bad": data["forbidden"], "good": stage("01_data").LIQUID["good"]}
     assert len(data["pretrain"]) == 60 and not data["vocab"]
-    for prompt, text in data["pretrain"]:
-        assert prompt.startswith("Below is an instruction") and recipe.fullmatch(text)
+    known = {row["prompt"] for name in ("finetune", "test_task") for row in data[name]}
+    for k, (prompt, text) in enumerate(data["pretrain"]):
+        assert prompt.startswith("Below is an instruction") and prompt not in known
+        assert bool(recipe.fullmatch(text)) == (k % 2 == 0) != (text in ("positive", "negative"))
     for words in liquids.values():
         assert any(word in text for _, text in data["pretrain"] for word in words)
     given = load_file(tmp_path / "model" / "model.safetensors")
