@@ -836,8 +836,9 @@ def warn(rows):
             )
     endless = [label(row) for row in rows if not row["ended"] and "view" not in row]
     if endless:
+        more = " ..." if len(endless) > 3 else ""
         print(
-            f"note: no answer of {', '.join(endless[:3])}{' ...' * (len(endless) > 3)} ends before "
+            f"note: no answer of {', '.join(endless[:3])}{more} ends before "
             "--max-new-tokens: its end token may be untrained (a frozen head), or it is destroyed"
         )
 

@@ -406,9 +406,10 @@ def load_weights(auto_class, name, **options):
     ):
         if keys:
             keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+            more = ", ..." if len(keys) > 2 else ""
             raise UserError(
                 f"{name} does not fit {type(model).__name__}: {len(keys)} weights {what} "
-                f"({', '.join(keys[:2])}{', ...' * (len(keys) > 2)}); give a checkpoint of this "
+                f"({', '.join(keys[:2])}{more}); give a checkpoint of this "
                 "class"
             )
     if getattr(model, "_hf_peft_config_loaded", False):
