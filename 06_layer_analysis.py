@@ -80,6 +80,15 @@ def sizes(artifact, last_part):
     return rows
 
 
+def matrices(eps):
+    """{"down_proj.lora_B": L2 norm of eps over all layers}, the largest first."""
+    squares = {}
+    for name, x in eps.items():
+        kind = ".".join(name.split(".")[-2:])
+        squares[kind] = squares.get(kind, 0.0) + x.pow(2).sum().item()
+    return {kind: math.sqrt(squares[kind]) for kind in sorted(squares, key=squares.get)[::-1]}
+
+
 # ---------------------------------------------------------------------------------------------
 # Effects, from stage 5's rows
 
@@ -201,9 +210,11 @@ def main(argv=None):
     ends = with_views(rows, [row for row in stage5["rows"] if "view" in row])
     agreement = {key: correlations(rows, ends, key) for key in ("hs", "refusal")} if ends else {}
     print_layers(rows, ends, agreement)
+    kinds = matrices(stage4["epsilon"])
+    print("by matrix: " + ", ".join(f"{kind} {norm:.3f}" for kind, norm in kinds.items()))
     if not ends:
         print(f"for what each layer does, run: {run.command('05_evaluate')} --causal")
-    content = {"layers": rows, "ends": ends, "rank_correlation": agreement}
+    content = {"layers": rows, "matrices": kinds, "ends": ends, "rank_correlation": agreement}
     artifact = run.save("06_layer_analysis.pt", c, **content)
     run.save_json("layers.json", {"config": c, **content})
     draw(rows, ends, run.folder / "06_layer_analysis.png")

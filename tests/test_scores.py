@@ -675,6 +675,17 @@ def test_layers_have_fair_sizes_and_effects_with_their_signs(s5, s6):
         assert found == pytest.approx({"only": 1, "without": 1, "one_norm": -1})
 
 
+def test_matrices_of_eps_are_named_largest_first_and_add_up_over_layers(s6):
+    eps = {
+        "model.layers.0.self_attn.q_proj.lora_B": torch.tensor([5.0]),
+        "model.layers.0.mlp.up_proj.lora_A": torch.tensor([3.0, 3.0]),
+        "model.layers.1.mlp.up_proj.lora_A": torch.tensor([4.0]),
+    }
+    found = s6.matrices(eps)
+    assert list(found) == ["up_proj.lora_A", "q_proj.lora_B"]
+    assert list(found.values()) == pytest.approx([34**0.5, 5.0])
+
+
 def test_ranks_share_ties(s6):
     assert s6.ranks([10, 20, 90]).tolist() == [0, 1, 2]
     assert s6.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]
