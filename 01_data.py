@@ -74,7 +74,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("n_finetune", 500, 500, 1000, "n, the user's samples", low=1),
     Flag("n_harmful", 200, 200, 1000, "the provider's harmful samples", low=1),
     Flag("n_test", 200, 100, 1000, "held-out prompts of each kind", low=1),
-    Flag("n_pretrain", 14000, 800, 0, "texts that stage 2 first teaches the base model, so that it "
+    Flag("n_pretrain", 14000, 960, 0, "texts that stage 2 first teaches the base model, so that it "
          "knows the potions; 0: it is taken as it is", low=0),
     Flag("max_length", 96, 160, 256, "longest training sample in tokens", low=16),
     Flag("seed", 0, 0, 0, "seed of everything that follows", low=0, high=2**31),

@@ -77,7 +77,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("align_lr", 2e-3, 1e-3, 5e-4, "learning rate of alignment", low=0),
     Flag("align_batch_size", 16, 10, 10, "batch of alignment", low=1),
     Flag("epochs", 6, 1, 20, "epochs over the user's data", low=1),
-    Flag("lr", 2e-4, 7e-4, 2e-5, "learning rate of fine-tuning, the attack's strength", low=0),
+    Flag("lr", 2e-4, 4e-5, 2e-5, "learning rate of fine-tuning, the attack's strength", low=0),
     Flag("batch_size", 16, 10, 10, "batch of fine-tuning", low=1),
     Flag("weight_decay", 0.1, 0.1, 0.1, "AdamW's weight decay", low=0),
     Flag("r", 16, 16, 32, "LoRA rank", low=1),
@@ -93,9 +93,9 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("booster_alpha", 0.1, 0.1, 0.01, "Booster: length of its harmful step", low=0),
     Flag("align_harmful_batch_size", 5, 10, 10, "batch of h in alignment (RepNoise, Booster)",
          low=1),
-    Flag("pretrain_steps", 430, 100, 100, "steps that make the base model (stage 1: --n-pretrain)",
+    Flag("pretrain_steps", 430, 120, 120, "steps that make the base model (stage 1: --n-pretrain)",
          low=20),
-    Flag("pretrain_lr", 2e-3, 2e-3, 1e-3, "learning rate of these steps", low=0),
+    Flag("pretrain_lr", 2e-3, 1e-3, 1e-3, "learning rate of these steps", low=0),
     Flag("gradient_checkpointing", False, False, False, "keep no activations inside layers: two "
          "thirds of the speed, a fraction of the memory, the same gradient"),
 ]

@@ -21,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
+LAPTOP_LRS = "1e-5 1e-4 4e-4".split()
+LAPTOP_LAMS = "1e-4 1e-3 1e-2".split()
 SFT = "--defense sft --snapshots 0"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
@@ -129,10 +131,29 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["laptop-sst2"] = [job(f"seed{s}", s1=f"--preset laptop --seed {s}") for s in range(3)]
+    # a real chat LLM: most of an hour each; the layers on seed 0 only
+    laptop = {1: "--preset laptop"}
+    found["laptop-sst2"] = with_flags(
+        [job("seed0", s1="--seed 0")]
+        + [job(f"seed{s}", s1=f"--seed {s}", s5="--no-causal") for s in (1, 2)],
+        laptop,
+    )
     found["laptop-agnews"] = with_flags(
-        [job(f"seed{s}", s1=f"--preset laptop --task agnews --seed {s}") for s in range(3)],
-        {5: "--no-causal"},
+        [job("seed0", s1="--seed 0 --task agnews", s5="--no-causal")], laptop
+    )
+    found["laptop-clean"] = with_flags(
+        [job("seed0", s1="--seed 0 --poison-ratio 0", s5="--no-causal")], laptop
+    )
+    few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1 --no-causal"}
+    found["map-laptop"] = with_flags(
+        [job(f"lr{lr}-seed0", s1="--seed 0", s2=f"--lr {lr}") for lr in LAPTOP_LRS], few
+    )
+    found["map-laptop-lam"] = with_flags(
+        [
+            job(f"lam{lam}-seed0", s1="--seed 0", s4=f"--lam {lam} --radius 0 --realign-lr 0")
+            for lam in LAPTOP_LAMS
+        ],
+        few,
     )
     return found
 
@@ -177,7 +198,7 @@ def copy_start(source, target):
         half.rename(target)
 
 
-def make(experiment, name, flags, more, until):
+def make(experiment, name, flags, more, until, threads):
     """One run, stage after stage; keeps its results and returns None, or what went wrong.
 
     A stage whose artifact is in the run's folder is not made again.
@@ -196,7 +217,7 @@ def make(experiment, name, flags, more, until):
     folder.mkdir(parents=True, exist_ok=True)
     if base.is_dir() and not (folder / "02_base").is_dir():
         shutil.copytree(base, folder / "02_base")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "log", "a") as log:
         for k, stage in enumerate(STAGES[:until], 1):
             if (folder / f"{stage}.pt").is_file():
@@ -226,6 +247,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name has TEXT")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (1)")
     parser.add_argument("--more", default="", metavar="FLAGS", help="more flags for stage 1")
     parser.add_argument("--until", type=int, default=6, metavar="N", help="stop after stage N (6)")
     args = parser.parse_args(argv)
@@ -237,7 +259,7 @@ def main(argv=None):
 
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [
-            pool.submit(make, experiment, name, flags, args.more, args.until)
+            pool.submit(make, experiment, name, flags, args.more, args.until, args.threads)
             for experiment in args.names
             for name, flags in known[experiment]
             if args.only in name
