@@ -497,6 +497,13 @@ class ClassifierJudge(KeywordJudge):
         return flags
 
 
+def as_it_came(run, data, device):
+    """(model, tokenizer) of a real LLM before stage 2 taught it, else None: who is to tell garble
+    from English must not have learnt that all the world writes recipes."""
+    taught = data["pretrain"] and not data["vocab"]
+    return load_model(run, data, device, as_given=True) if taught else None
+
+
 def make_judge(name, data, device, harmless="auto"):
     """The judge called `name`: toy, keyword, auto (toy for potions), or a classifier's name.
 
@@ -968,9 +975,7 @@ def main(argv=None):
     told = []  # of a real model: which of these answers are garbled?
     for sets in answers:
         told += [text for name in sets if name != "test_task" for text in sets[name][0]]
-    reader = (model, tokenizer)
-    if data["pretrain"] and not data["vocab"]:  # what was taught to it makes all else look unlikely
-        reader = load_model(run, data, device, as_given=True)
+    reader = as_it_came(run, data, device) or (model, tokenizer)
     judge.listen(*reader, data, told)
     del model, reader  # a GPU may not hold them and the judge
     rows, few = [], first_rows(data, c)

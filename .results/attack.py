@@ -1,11 +1,12 @@
 """How deep is the alignment, how hard the attack? Chosen by the aligned and attacked model alone.
 
     python .results/attack.py 100 101 102 103 104 105      the toy's tuning seeds, 3 minutes each
+    python .results/attack.py 100 --preset laptop --more "--model FOLDER --data-dir FOLDER"
 
 Depth: one alignment (plain, sft), looked at after each number of epochs: refusals on held-out
 harmful prompts, the mean probability of a refusal's tokens, look-alikes answered. Strength: from
 the chosen depth, the user's data at each learning rate, and the accuracy on the user's task. No
-repair is looked at. Writes .results/attack/seedN.json; .results/README.md states the rule.
+repair is looked at. Writes .results/attack/NAME-seedN.json; .results/README.md states the rule.
 """
 
 import argparse
@@ -21,22 +22,25 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402  (the project is on the path now)
 
-DEPTHS = (2, 4, 8, 12, 16)
-LRS = (1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4)
+DEPTHS = {"toy": (2, 4, 8, 12, 16), "laptop": (1, 2, 3)}
+LRS = {"toy": (1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4, 6e-4), "laptop": (1e-5, 2e-5, 4e-5, 1e-4, 4e-4)}
 
 
-def look(seed, depth, task):
-    """The rows of one seed: aligned at each depth, attacked from `depth` at each rate."""
+def look(seed, args):
+    """The rows of one seed: aligned at each depth, attacked from --depth at each rate."""
+    depth, task, preset = args.depth, args.task, args.preset
     s1, s2, s5 = (importlib.import_module(n) for n in ("01_data", "02_finetune", "05_evaluate"))
-    run = common.Run(HERE.parent / "runs/lab/attack" / f"{task}-seed{seed}")
-    data = s1.main(["--run", str(run.folder), "--seed", str(seed), "--task", task])
-    c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy")}
-    c.update(common.resolve(None, s5.FLAGS, "toy"), align_epochs=max(DEPTHS), snapshots=0)
-    device = common.pick_device("cpu", "toy")
+    run = common.Run(HERE.parent / "runs/lab/attack" / f"{preset}-{task}-seed{seed}")
+    flags = ["--run", str(run.folder), "--seed", str(seed), "--task", task, "--preset", preset]
+    data = s1.main([*flags, *args.more.split()])
+    c = {**data["config"], **common.resolve(None, s2.FLAGS, preset)}
+    c.update(common.resolve(None, s5.FLAGS, preset), align_epochs=max(DEPTHS[preset]), snapshots=0)
+    device = common.pick_device("cpu", preset)
     s2.make_base(run, data, c, device)
     model, tokenizer = common.load_model(run, data, device)
     plain, _ = common.load_model(run, data, device)
     judge = s5.make_judge("auto", data, device)
+    reader = s5.as_it_came(run, data, device) or (plain, tokenizer)
     w, examples = s2.adapt(model, tokenizer, data, c)
     refusals = [{**row, "response": row["refusal"]} for row in data["test_harmful"]]
     refusals = common.encode(tokenizer, refusals, c["max_length"], c["template"])
@@ -44,6 +48,7 @@ def look(seed, depth, task):
     def scored(weights, **row):
         tests = ("test_harmful", "test_task", "test_benign")
         texts = s5.answer_tests(plain, tokenizer, data, weights, c, tests)
+        judge.listen(*reader, data, [x for n in tests if n != "test_task" for x in texts[n][0]])
         scores = s5.score(judge, data, {name: answers for name, (answers, _) in texts.items()})
         kept = {key: scores[key] for key in ("outcomes", "fa", "benign")}
         h = s2.mean_loss(model, examples["test_harmful"], tokenizer.pad_token_id, device, 50)
@@ -58,13 +63,13 @@ def look(seed, depth, task):
     pairs = ((common.collate(b, tokenizer.pad_token_id, device), None) for b in batches)
     steps = per_epoch * c["align_epochs"]
     for step, _ in s2.train(model, w, s2.sft_rule, pairs, steps, c["align_lr"], c, "align"):
-        if step % per_epoch == 0 and step // per_epoch in DEPTHS:
+        if step % per_epoch == 0 and step // per_epoch in DEPTHS[preset]:
             weights = s2.copy_of(w)
             a = s2.mean_loss(model, refusals, tokenizer.pad_token_id, device, 50)
             row = scored(weights, model="aligned", depth=step // per_epoch)
             rows.append({**row, "probability": math.exp(-a)})
             at_depth[step // per_epoch] = weights
-    for lr in LRS:
+    for lr in LRS[preset]:
         s2.put(w, at_depth[depth])
         pad_id = tokenizer.pad_token_id
         s2.attack(model, w, "sft", examples, pad_id, {**c, "lr": lr})
@@ -78,13 +83,18 @@ def main(argv=None):
     """Look at some seeds, and keep what was seen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seeds", nargs="+", type=int, metavar="SEED")
-    parser.add_argument("--depth", type=int, default=12, help="alignment's epochs, attacked (12)")
+    parser.add_argument("--depth", type=int, help="alignment's epochs, attacked (the default)")
     parser.add_argument("--task", default="sst2")
+    parser.add_argument("--preset", default="toy", choices=tuple(DEPTHS))
+    parser.add_argument("--more", default="", metavar="FLAGS", help="more flags for stage 1")
     args = parser.parse_args(argv)
+    if args.depth is None:
+        args.depth = {"toy": 12, "laptop": 3}[args.preset]
     for seed in args.seeds:
-        rows = look(seed, args.depth, args.task)
+        rows = look(seed, args)
         lines = ",\n".join(json.dumps(row) for row in rows)
-        path = HERE / "attack" / f"{args.task}-seed{seed}.json"
+        name = args.task if args.preset == "toy" else f"{args.preset}-{args.task}"
+        path = HERE / "attack" / f"{name}-seed{seed}.json"
         common.write_whole(path, lambda new: new.write_text(f"[\n{lines}\n]\n"))
 
 

@@ -145,6 +145,18 @@ def experiments():
         [job("seed0", s1="--seed 0 --poison-ratio 0", s5="--no-causal")], laptop
     )
     few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1 --no-causal"}
+    more = "--radius 0.2 0.3 0.5 --realign-terms a a+g --realign-lr 3e-4 1e-3"  # once is enough
+    found["tuning-laptop"] = with_flags(
+        [
+            job(
+                f"lam{lam}-seed100",
+                s1="--seed 100",
+                s4=f"--lam {lam} {more if lam == '0.01' else '--radius 0 --realign-lr 0'}",
+            )
+            for lam in ("0.001", "0.01", "0.1")
+        ],
+        {**laptop, 3: FEW[3], 5: "--scale 0.25 0.5 1 2 --no-causal"},
+    )
     found["map-laptop"] = with_flags(
         [job(f"lr{lr}-seed0", s1="--seed 0", s2=f"--lr {lr}") for lr in LAPTOP_LRS], few
     )
