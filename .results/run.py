@@ -22,7 +22,7 @@ ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
 LAPTOP_LRS = "1e-5 1e-4 4e-4".split()
-LAPTOP_LAMS = "1e-4 1e-3 1e-2".split()
+LAPTOP_LAMS = "1e-4 1e-3 1e-2".split()  # beside 0, which is one_shot, and the default
 SFT = "--defense sft --snapshots 0"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
@@ -56,9 +56,9 @@ def experiments():
     )
     found["toy-tasks-lam"] = with_flags(  # the tasks with long answers, with a lam tuned on them
         [
-            job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}", s4="--lam 0.02")
+            job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}", s4=f"--lam {lam}")
             for s in range(5)
-            for task in ("gsm8k", "alpaca")
+            for task, lam in (("gsm8k", "0.02"), ("alpaca", "0.05"))
         ],
         LEAN,
     )
@@ -151,9 +151,9 @@ def experiments():
             job(
                 f"lam{lam}-seed100",
                 s1="--seed 100",
-                s4=f"--lam {lam} {more if lam == '0.01' else '--radius 0 --realign-lr 0'}",
+                s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
             )
-            for lam in ("0.001", "0.01", "0.1")
+            for lam in ("0.01", "0.1", "0.3")
         ],
         {**laptop, 3: FEW[3], 5: "--scale 0.25 0.5 1 2 --no-causal"},
     )
