@@ -130,7 +130,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("anchored_terms", ["h-a-g"], ["h-a-g"], ["h-a-g"], "what the anchored eps climbs, a "
          "weighted by --anchor", choices=("a", "h-a", "h-a-g")),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
-    Flag("radius", [0.3], [0.2], [0.2], "anchored eps: largest ||eps|| over ||w - w_aligned||; "
+    Flag("radius", [0.3], [0.3], [0.2], "anchored eps: largest ||eps|| over ||w - w_aligned||; "
          "0: none", low=0),
     Flag("anchored_steps", [10], [10], [10], "anchored eps: projected steps", low=1),
     Flag("realign_terms", ["a"], ["a+g"], ["a+g"], "what realign descends", choices=("a", "a+g")),
