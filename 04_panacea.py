@@ -125,7 +125,8 @@ def global_norm(tensors):
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("rho", 0.5, 1.0, 1.0, "L2 norm of eps over the whole adapter", low=0),
-    Flag("lam", 0.1, 0.1, 0.001, "weight of h(w + eps) - h(w) in Eq. 1", low=0),
+    Flag("lam", 0.1, 0.1, 0.001, "weight of h(w + eps) - h(w) in Eq. 1; less "
+         "where the task's answers are long", low=0),
     Flag("harmful_batch_size", 16, 5, 10, "samples in the batch of h", low=1),
     Flag("anchored_terms", ["h-a-g"], ["h-a-g"], ["h-a-g"], "what the anchored eps climbs, a "
          "weighted by --anchor", choices=("a", "h-a", "h-a-g")),
