@@ -5,8 +5,8 @@ answering, what a step costs with transformers' Trainer and peft instead (only i
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
 `--data-dir FOLDER` instead takes the steps on real rows, as the paper's setting has them; `--story`
 times the six stages of the default run; `--busy` an excerpt of stage 2 beside a busy process, with
-one thread and with two (with `--model`, of that checkpoint); `--memory-7b` measures layers of a Llama-2-7B with random
-weights, and says what all 32 would take.
+one thread and with two (with `--model`, of that checkpoint); `--memory-7b` measures layers of a
+Llama-2-7B with random weights, and says what all 32 would take.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
 is the median of several rounds in turn, [with its range].

@@ -197,7 +197,11 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
     checkpoint(tmp_path / "model", "Llama")
     flags = SMALL["01_data"][2:]  # the laptop's preset: potions, all linear layers
     out = run_all(
-        tmp_path / "run", tmp_path / "model", "sst2", data_dir, ["--preset", "laptop", *flags]
+        tmp_path / "run",
+        tmp_path / "model",
+        "sst2",
+        data_dir,
+        ["--preset", "laptop", *flags, "--n-pretrain", "0"],
     )
     data, rows = out["01_data"], out["05_evaluate"]["rows"]
     assert data["config"]["harm"] == "potions" and len(data["alignment"]) == 16
