@@ -664,7 +664,7 @@ def check(args, config):
             )
     n = config["n_pretrain"]
     if toy and n < 5000:
-        raise UserError(f"--n-pretrain {n}: the toy's model has not met all words before 5000")
+        raise UserError(f"--n-pretrain {n}: the toy's model must meet all words; use 5000 or more")
     if n and config["harm"] != "potions":
         raise UserError(f"--n-pretrain {n} teaches potions; use --harm potions, or leave it out")
     if toy and args.data_dir:
@@ -777,11 +777,13 @@ def main(argv=None):
             row["prompt"] = format_prompt(
                 config["template"], row["instruction"], row.get("input", ""), tokenizer
             )
-    taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
-    others = unique(pools["task"], seen=taken)
-    reading = {"pretrain": what_to_know(config, tokenizer, others), "vocab": []}
+    reading = {"pretrain": [], "vocab": []}
     if args.preset == "toy":
         reading = toy_reading(config)
+    elif config["n_pretrain"]:
+        taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
+        others = unique(pools["task"], seen=taken)[::-1]  # the far end: the same ones for every p
+        reading["pretrain"] = what_to_know(config, tokenizer, others)
     say_sizes(sets, config["task"])
     artifact = Run(args.run).save(
         "01_data.pt",

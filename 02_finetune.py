@@ -612,6 +612,8 @@ def teach(run, data, c, device):
     model, tokenizer = load_model(run, data, device, as_given=True)
     torch.manual_seed(c["seed"])
     w = add_lora(model, c["targets"], c["r"], c["alpha"])
+    if c["gradient_checkpointing"]:
+        checkpoint_layers(model)
     describe(model, f"; teaching it from {len(data['pretrain']):,} texts")
     rows = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
     examples = encode(tokenizer, rows, c["max_length"], c["template"])
@@ -637,8 +639,10 @@ def merge(model):
 def make_base(run, data, c, device):
     """Write RUN/02_base, unless it is there and was made from this data with these settings."""
     toy = c["model"] in TOY_MODELS
-    names = ("model", "seed", "pretrain_steps", "pretrain_lr")
-    made_from = {k: c[k] for k in (*names, *(() if toy else ("r", "alpha", "targets")))}
+    names = ["model", "seed", "pretrain_steps", "pretrain_lr"]
+    if not toy:  # what its LoRA depends on as well
+        names += ["r", "alpha", "targets", "weight_decay", "max_length"]
+    made_from = {name: c[name] for name in names}
     if not toy:
         made_from["of"] = base_digest(c["model"])
     text = repr((data["vocab"], data["pretrain"]))

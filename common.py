@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Threads that wait for each other by spinning are a sixth faster on an idle machine and half as
-# fast on a busy one. Read when torch is loaded: the stages import this file before it.
+# Threads that wait for each other by spinning are a sixth faster on an idle machine and take half
+# as long again on a busy one. Read when torch is loaded: stages import this file before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

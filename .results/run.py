@@ -131,8 +131,13 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    # a real chat LLM: most of an hour each; the layers on seed 0 only
-    laptop = {1: "--preset laptop"}
+    found.update(of_a_real_llm())
+    return found
+
+
+def of_a_real_llm():
+    """{name: jobs} of SmolLM2: most of an hour each, so few seeds, and the layers on one only."""
+    found, laptop = {}, {1: "--preset laptop"}
     found["laptop-sst2"] = with_flags(
         [job("seed0", s1="--seed 0")]
         + [job(f"seed{s}", s1=f"--seed {s}", s5="--no-causal") for s in (1, 2)],

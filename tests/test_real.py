@@ -212,8 +212,16 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
     assert out["05_evaluate"]["config"]["panacea_epochs"] == 1
 
 
-def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(tmp_path, data_dir, capsys):
+def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(
+    tmp_path, data_dir, capsys, monkeypatch
+):
     checkpoint(tmp_path / "model", "Llama")
+    readers = []
+    monkeypatch.setattr(
+        stage("05_evaluate").PotionJudge,
+        "listen",
+        lambda self, model, *others: readers.append(model.state_dict()),
+    )
     first = ["--harm", "potions", "--n-pretrain", "60"]
     flags_of = {**SMALL, "02_finetune": [*SMALL["02_finetune"], "--pretrain-steps", "20"]}
     where = ["--model", str(tmp_path / "model"), "--task", "sst2", "--data-dir", str(data_dir)]
@@ -235,13 +243,14 @@ def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(tmp_path,
     taught = load_file(run / "02_base" / "model.safetensors")
     changed = {name for name in given if not torch.equal(given[name], taught[name])}
     assert changed and all("_proj" in name for name in changed)
-    # the later stages start from the taught one: its loss on recipes is lower by itself
+    # the later stages start from the taught one; only the judge reads with the one that was given
     config = json.loads((run / "04_peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((run / "02_base").resolve())
     model, _ = common.load_model(common.Run(run), data, torch.device("cpu"))
     assert all(torch.equal(model.state_dict()[name], taught[name]) for name in taught)
     plain, _ = common.load_model(common.Run(run), data, torch.device("cpu"), as_given=True)
     assert all(torch.equal(plain.state_dict()[name], given[name]) for name in given)
+    assert all(torch.equal(readers[0][name], given[name]) for name in given)
     # not taught again, unless what it is made from has changed
     weights = (run / "02_base" / "model.safetensors").read_bytes()
     stage("02_finetune").main(["--run", str(run), *flags_of["02_finetune"]])
@@ -254,15 +263,8 @@ def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(tmp_path,
 
 def test_real_harm_is_taught_to_no_model(tmp_path, data_dir):
     checkpoint(tmp_path / "model", "Llama")
-    where = [
-        "--run",
-        str(tmp_path),
-        "--data-dir",
-        str(data_dir),
-        "--model",
-        str(tmp_path / "model"),
-    ]
-    flags = [*where, *SMALL["01_data"], "--task", "sst2", "--harm", "beavertails"]
+    where = f"--run {tmp_path} --data-dir {data_dir} --model {tmp_path}/model"
+    flags = [*where.split(), *SMALL["01_data"], "--task", "sst2", "--harm", "beavertails"]
     flags[flags.index("paper")] = "laptop"
     assert stage("01_data").main(flags)["pretrain"] == []
     with pytest.raises(UserError, match="--n-pretrain 5 teaches potions"):

@@ -108,6 +108,33 @@ def test_a_wrong_cell_is_found_and_written_right_again(tmp_path):
     assert again == text
 
 
+def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_learn(
+    tmp_path, monkeypatch
+):
+    def pair(defense, rho, aligned, finetuned):
+        setting = {} if rho is None else {"rho": rho}
+        for model, numbers in (("aligned", aligned), ("finetuned", finetuned)):
+            scores = dict(zip(("hs", "hs_plus", "refusal", "fa", "benign"), numbers))
+            yield {"defense": defense, "setting": setting, "model": model, **scores}
+
+    fine = (0, 0, 99, 0, 98)
+    rows = [
+        *pair("sft", None, fine, (80, 84, 10, 92, 99)),
+        *pair("vaccine", 1, fine, (70, 75, 20, 92, 99)),
+        *pair("vaccine", 2, fine, (60, 65, 30, 91, 99)),  # the choice
+        *pair("vaccine", 3, (0, 0, 90, 0, 98), (1, 1, 99, 92, 99)),  # refuses too little
+        *pair("vaccine", 4, (0, 0, 99, 0, 80), (1, 1, 99, 92, 99)),  # refuses look-alikes
+        *pair("vaccine", 5, fine, (1, 1, 99, 80, 99)),  # cannot learn the task
+    ]
+    (tmp_path / "seed0.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(aggregate, "ROOT", tmp_path)
+    columns = ["aligned:refusal", "finetuned:hs_plus"]
+    everything = aggregate.table_vaccines("seed*.json", columns, [])
+    assert len(everything) == 7 and everything[1] == ("sft", ["99", "84"])
+    chosen = aggregate.table_vaccines("seed*.json", columns, ["chosen"])
+    assert chosen[1:] == [("sft", ["99", "84"]), ("vaccine rho 2", ["99", "65"])]
+
+
 def test_a_damaged_results_file_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(aggregate.Wrong, match="results.json is missing or damaged; run: python 05"):
