@@ -70,6 +70,20 @@ def pytest_collection_modifyitems(items):
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process():
+    """Stages align and answer in this process, which has torch; `processes` gives them two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        yield
+
+
+@pytest.fixture()
+def processes(monkeypatch):
+    """Two processes for what the toy does in parallel, however many cores there are."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
 @pytest.fixture(scope="session")
 def s1():
     """Stage 1."""
@@ -117,7 +131,9 @@ def tiny_run(tmp_path_factory):
 def story(tmp_path_factory):
     """(run folder, {stage: artifact}): the toy's story, shortened, run once. For slow tests."""
     folder = tmp_path_factory.mktemp("runs") / "story"
-    return folder, run_stages(folder, STORY_FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 2)
+        return folder, run_stages(folder, STORY_FLAGS)
 
 
 @pytest.fixture()

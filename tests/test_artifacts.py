@@ -103,33 +103,25 @@ def test_inputs_are_checked(tiny_data, capsys):
     assert_one_line(capsys, "02_finetune", flags, path)
 
 
-def test_a_damaged_base_model_is_made_again(tiny_data):
-    (tiny_data / "02_base").mkdir()
-    (tiny_data / "02_base" / "config.json").write_text("half a file")
-    flags = [
-        "--run",
-        str(tiny_data),
-        "--defense",
-        "sft",
-        "--pretrain-steps",
-        "20",
-        "--epochs",
-        "1",
-        "--align-epochs",
-        "1",
-    ]
-    stage("02_finetune").main(flags)
-    weights = (tiny_data / "02_base" / "model.safetensors").read_bytes()
-    stage("02_finetune").main(flags)  # now it fits, and is not made again
-    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() == weights
-    foreign = load_file(tiny_data / "02_base" / "model.safetensors")
-    foreign["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0
+def test_a_damaged_base_model_is_made_again(s2, tiny_data):
+    run, device = Run(tiny_data), torch.device("cpu")
+    data = run.load("01_data.pt")
     path = tiny_data / "02_base" / "model.safetensors"
+    c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy"), "pretrain_steps": 2}
+    path.parent.mkdir()
+    (path.parent / "config.json").write_text("half a file")
+    s2.make_base(run, data, c, device)
+    weights = path.read_bytes()
+    written = path.stat().st_mtime_ns
+    s2.make_base(run, data, c, device)  # now it fits, and is not made again
+    assert path.stat().st_mtime_ns == written
+    foreign = load_file(path)
+    foreign["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0
     save_file(foreign, path, metadata={"format": "pt"})
-    stage("02_finetune").main(flags)
-    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() == weights
-    stage("02_finetune").main([*flags[:4], "--pretrain-steps", "21", *flags[6:]])
-    assert (tiny_data / "02_base" / "model.safetensors").read_bytes() != weights
+    s2.make_base(run, data, c, device)
+    assert path.read_bytes() == weights
+    s2.make_base(run, data, {**c, "pretrain_steps": 3}, device)
+    assert path.read_bytes() != weights
 
 
 def test_targets_are_refused_before_anything_is_made(tiny_data, capsys):
@@ -321,7 +313,7 @@ def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
         assert common.pick_device("cpu", "paper").type == "cpu"
 
 
-def test_an_error_in_a_process_of_its_own_arrives_as_one_line():
+def test_an_error_in_a_process_of_its_own_arrives_as_one_line(processes):
     with pytest.raises(UserError, match="^no$"):
         common.in_processes(refuse, [(1,), (2,)])
 

@@ -115,17 +115,27 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
 
 
-def test_a_defence_is_the_same_alone_as_beside_others_in_a_process_of_its_own(
-    s2, tiny_run, tmp_path
-):
+def test_a_defence_is_the_same_alone_as_after_another(s2, tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
-    beside = tiny_run[1]["02_finetune"]  # sft and booster, each in its process
+    after = tiny_run[1]["02_finetune"]  # sft, then booster
     flags = TINY_FLAGS["02_finetune"].replace("sft booster", "booster").split()
     alone = s2.main(["--run", str(folder), "--device", "cpu", *flags])
     for kind in ("aligned", "finetuned"):
-        first, second = beside[kind]["booster"], alone[kind]["booster"]
+        first, second = after[kind]["booster"], alone[kind]["booster"]
         assert all(torch.equal(first[k], second[k]) for k in first)
-        assert not all(torch.equal(first[k], beside[kind]["sft"][k]) for k in first)
+        assert not all(torch.equal(first[k], after[kind]["sft"][k]) for k in first)
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(s2, s5, tiny_run, tmp_path, processes):
+    folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
+    one, flags = tiny_run[1], ["--run", str(folder), "--device", "cpu"]
+    answered = s5.main([*flags, *TINY_FLAGS["05_evaluate"].split()])
+    assert answered["rows"] == one["05_evaluate"]["rows"]
+    aligned = s2.main([*flags, *TINY_FLAGS["02_finetune"].split()])
+    for kind in ("aligned", "finetuned"):
+        for name, old in one["02_finetune"][kind].items():
+            assert all(torch.equal(old[k], aligned[kind][name][k]) for k in old)
 
 
 def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path, monkeypatch):

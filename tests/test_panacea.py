@@ -276,12 +276,9 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
         assert all(torch.allclose(repair["weights"][k], w[k], atol=1e-5) for k in w)
 
 
-def test_lam_0_is_plain_fine_tuning_bit_for_bit(s2, s4, tiny_data):
-    flags = ["--run", str(tiny_data), "--device", "cpu"]
-    train = ["--pretrain-steps", "20", "--align-epochs", "1", "--epochs", "3"]
-    stage2 = s2.main([*flags, "--defense", "sft", *train])
-    plain = s4.main([*flags, "--lam", "0", "--radius", "0"])
-    finetuned = stage2["finetuned"]["sft"]
+def test_lam_0_is_plain_fine_tuning_bit_for_bit(s4, copied, tiny_run):
+    plain = s4.main(["--run", str(copied), "--device", "cpu", "--lam", "0", "--radius", "0"])
+    finetuned = tiny_run[1]["02_finetune"]["finetuned"]["sft"]
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
     models = {repair["model"] for repair in plain["repairs"]}
     assert "realign" in models and "panacea_anchored" not in models
