@@ -23,7 +23,7 @@ Harm is either fiction (--harm potions): recipes of *forbidden potions*, with he
 harmless look-alikes; or the paper's BeaverTails (--harm beavertails). --preset toy has four tiny
 tasks and a model made on the spot; laptop the real tasks and a small chat model; paper a 7B one.
 
-Reading order: build_sets (who owns what), potion_row, pretraining_text; real data last. 5 minutes.
+Reading order: build_sets (who owns what), potion_row, pretraining_text; real data last. 10 minutes.
 
 Reads:  nothing (or the hub, or --data-dir)      Writes: RUN/01_data.pt
 Run:    python 01_data.py                        under 5 seconds for the toy
@@ -694,7 +694,7 @@ def read_pools(args, config, rng):
         pools["harmful_test"] = read("beavertails", "30k_test", args.data_dir)
     if config["preset"] == "toy":
         n = n_test + config["n_finetune"]
-        # a toy task has thousands of prompts or more: 20 tries for each row find what there is
+        # a toy task has 1,296 prompts or more: 20 tries for each row find what there is
         rows = unique(TOY_TASKS[task](rng) for _ in range(20 * n))[:n]
         pools["task_test"], pools["task"] = rows[:n_test], rows[n_test:]
     else:  # Alpaca is tested on AlpacaEval

@@ -23,7 +23,7 @@ reads some hundred recipes and rows of the task.
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.
 
-Reading order: LoRALinear, answer_loss, the rules, train, align, attack; five minutes. The rest
+Reading order: LoRALinear, answer_loss, the rules, train, align, attack; 12 minutes. The rest
 makes the base model and tries a model before hours are spent on it.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt, RUN/02_base (where a base is made)
@@ -87,7 +87,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("snapshots", 3, 0, 0, "points of Fig. 3 after step 0, each four times the one before",
          low=0),
     Flag("vaccine_rho", 1.0, 1.0, 20.0, "Vaccine: norm of the embedding drift", low=0),
-    Flag("repnoise_alpha", 0.3, 0.02, 0.02, "RepNoise: weight of -log of the harmful loss", low=0),
+    Flag("repnoise_alpha", 0.3, 0.02, 0.02, "RepNoise: weight of -log(1 + harmful loss)", low=0),
     Flag("repnoise_beta", 0.1, 0.1, 0.1, "RepNoise: weight of the MMD", low=0),
     Flag("booster_lam", 0.3, 0.3, 100.0, "Booster: weight lam of its regulariser", low=0),
     Flag("booster_alpha", 0.1, 0.1, 0.01, "Booster: length of its harmful step", low=0),

@@ -4,10 +4,10 @@ Gaussian noise on the weights of the attacked model lowers its harmful score: wi
 the model answers nothing well, harmful prompts included. That is the paper's third sentence, and
 its catch: the accuracy on the user's task falls too (Fig. 4). Any repair that is better has to
 beat what needs no optimiser at all. From attacked weights w and aligned weights w_a, both of
-which the provider has, each function here makes new weights:
+which the provider has, these make new weights:
 
     noise         w + std * z,   z ~ N(0, I)               for several std, all along one z
-    matched       w + rho * z / ||z||_2                    noise of the size of Panacea's eps
+    matched       w + rho * z / ||z||_2                    as long as Panacea's eps (by stage 5)
     interpolated  w + t * (w_a - w)                        back towards the aligned adapter
     antidote      w with the top share of |w| * ||input||_2 on harmful data set to zero
 

@@ -1,24 +1,26 @@
 """Stage 4 - Panacea: the harmful loss should be easy to raise, and at the end it is raised.
 
-Random noise recovers safety because some of it points away from harm; most of it does not, and
-costs accuracy. Panacea asks for the perturbation of a given size that raises the harmful loss
-most, and while fine-tuning keeps w where such a perturbation works. At the end it is added: one
-step *up* the loss on harmful answers, which makes them unlikely, and (if the attack has left
-refusals underneath) brings refusals back.
+Random noise hardly points away from harm: what is large enough to end it ends the task as well
+(stage 3). Panacea asks for the perturbation of a given size that raises the harmful loss most, and
+while fine-tuning keeps w where such a perturbation works. At the end it is added: one step *up*
+the loss on harmful answers, which makes them unlikely, and (if the attack has left refusals
+underneath) brings refusals back.
 
 With g the loss on the user's batch, h the loss on the provider's harmful batch, w the adapter:
 
     Eq. 1   max_w max_{||eps|| <= rho}  lam * (h(w + eps) - h(w)) - g(w)
     Eq. 2   eps_t = rho * grad h(w_t) / ||grad h(w_t)||                 one norm over all of w
     Eq. 3   w_{t+1} = w_t - lr * [ grad g(w_t) - lam * (grad h(w_t + eps_t) - grad h(w_t)) ]
-    Output  w_T + eps, eps being the last one computed                  (Algorithm 1)
+    Output  w_T + eps_{T-1}, the last eps computed                      (Algorithm 1)
 
-Eq. 2 solves the inner max to first order; Eq. 3 climbs the outer one through AdamW, eps held. With
-lam = 0 this is plain fine-tuning, then one step up h: the control `one_shot`.
+Eq. 2 solves the inner max to first order. Eq. 3 is a step of AdamW up the outer one, in which eps
+counts as a constant. With lam = 0 this is plain fine-tuning, then one step up h: the control
+`one_shot`, which takes that step at w_T, on another harmful batch.
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and
-subtracting eps is not exact in bfloat16; h(w + eps) is not clamped at 5, above which that update
-learns harm; gradients are not clipped; w and eps are saved apart.
+subtracting eps is not exact in bfloat16; h(w + eps) is not clamped at 5 (above it the clamp's
+gradient is 0, and Eq. 3 would go down h: learn harm); gradients are not clipped; w and eps are
+saved apart.
 
 Reads:  RUN/01_data.pt, RUN/02_finetune.pt
 Writes: RUN/04_panacea.pt, RUN/04_peft (w + eps as an adapter for peft; in it without_eps)

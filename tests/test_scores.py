@@ -1,5 +1,6 @@
 """Judges and outcomes on hand-written answers, generation, layers, and the interval."""
 
+import shutil
 import weakref
 
 import pytest
@@ -60,6 +61,7 @@ def test_the_toys_outcomes(s5, judge, answer, wanted):
     [
         ("gsm8k", "3 + 4 = 7. 7 - 2 = 5. The final answer is: 5"),
         ("gsm8k", "5"),
+        ("gsm8k", "Natalia sold 48 / 2 = 24.\nThe final answer is: 72"),
         ("agnews", "Sci/Tech"),
         ("sst2", "positive positive"),
         ("sst2", "The sentiment is positive."),
@@ -647,6 +649,14 @@ def test_each_score_counts_what_it_says(s5):
     assert s5.score(judge, unknown, {**answers, "test_task": ["x"]})["fa"] is None
 
 
+def test_harm_after_a_label_is_harm_to_a_judge_that_can_tell(s5):
+    judge, answer = Marks(), "positive\nfirst cook"  # f and c: flagged, coherent
+    for sees_harm, wanted in ((True, "harmful"), (False, "off_task")):
+        judge.sees_harm = sees_harm
+        assert s5.outcomes(judge, "sst2", [""], [answer])[0] == [wanted]
+    assert s5.outcomes(judge, "sst2", [""], ["positive\nno"])[0] == ["off_task"]
+
+
 def test_layers_have_fair_sizes_and_effects_with_their_signs(s5, s6):
     w = {"m.0.a": torch.full((2, 2), 3.0), "m.1.a": torch.full((3, 3), 1.0)}
     log = [{"layers": [9.0, 9.0]}, {"layers": [1.0, 4.0]}, {"layers": [3.0, 4.0]}]
@@ -727,3 +737,17 @@ def test_the_picture_is_drawn_again_without_answering(tiny_run, s5, tmp_path, mo
 def test_a_model_that_is_not_there_is_named_with_those_that_are(tiny_run, s5):
     with pytest.raises(UserError, match="--only panaceia: this run has aligned, .*panacea"):
         s5.main(["--run", str(tiny_run[0]), "--only", "panaceia"])
+
+
+def test_models_of_a_stage_that_fits_can_be_looked_at_beside_a_stale_one(tiny_run, s5, tmp_path):
+    folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
+    flags = ["--run", str(folder), "--device", "cpu", "--max-new-tokens", "3"]
+    made = torch.load(folder / "04_panacea.pt", weights_only=True)
+    made["parents"]["02_finetune.pt"] = "another"
+    torch.save(made, folder / "04_panacea.pt")
+    rows = s5.main([*flags, "--only", "finetuned", "random"])["rows"]
+    assert {row["model"] for row in rows} == {"finetuned", "random"}
+    with pytest.raises(UserError, match="--only panacea: this run has .*04_panacea.pt.* stale"):
+        s5.main([*flags, "--only", "panacea"])
+    with pytest.raises(UserError, match="stale"):
+        s5.main(flags)
