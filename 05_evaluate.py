@@ -764,7 +764,7 @@ QUESTIONS = {  # in the story's order; a model of your own comes under the last 
         "aligned",
         "finetuned",
     ),
-    "Does noise help, what does it cost, and is it only the size of eps?": (
+    "Does noise help, what does it cost, and would any direction do?": (
         "random",
         "random_matched",
     ),

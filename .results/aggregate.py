@@ -390,7 +390,7 @@ KINDS = {
     "attack": table_attack,
     "vaccines": table_vaccines,
 }
-MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*\n)+)")
+MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*\n)*)")
 
 
 def made(match):
@@ -432,7 +432,7 @@ def differences(path):
 def rewritten(match):
     """A marked table with its numbers made again; what was written by hand stays.
 
-    A table of one line only ("| |") becomes the whole one.
+    A mark without a table gets the whole one.
     """
     table, lines = made(match), match[5].splitlines()
     head = f"<!-- table: {match[1]} {match[2]} | {match[3]} | {match[4]} -->\n\n"
@@ -446,7 +446,7 @@ def rewritten(match):
             cells = cells_of(line)
             new = wanted[label_in(cells[0])]
             text.append(f"| {' | '.join([*cells[: len(cells) - len(new)], *new])} |")
-    return head + "\n".join(text) + "\n"
+    return head + "\n".join(text) + ("\n" if match[5] else "\n\n")
 
 
 PAGES = (ROOT / "README.md", HERE / "README.md")

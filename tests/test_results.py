@@ -106,6 +106,8 @@ def test_a_wrong_cell_is_found_and_written_right_again(tmp_path):
     assert "12345" in found
     again = aggregate.MARK.sub(aggregate.rewritten, copy.read_text(encoding="utf-8"))
     assert again == text
+    copy.write_text(text.replace(mark[5], ""), encoding="utf-8")  # a mark without its table
+    assert any("is empty" in line for line in aggregate.differences(copy))
 
 
 def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_learn(
