@@ -29,7 +29,7 @@ Reading order: refuses, degenerate, the judges, outcome, score, then what is com
 
 Reads:  RUN/01_data.pt ... RUN/04_panacea.pt
 Writes: RUN/05_evaluate.pt, RUN/results.json, RUN/05_evaluate.png (with matplotlib; alpaca: answers
-        for its own tool). --only and --show-text only look, and write nothing.
+        for its own tool). --only, --show-text and --ask only look, and write nothing.
 Run:    python 05_evaluate.py                 half a minute for the toy
 """
 
@@ -41,12 +41,14 @@ import re
 import unicodedata
 
 from common import (
+    TOY_TOKEN,
     Flag,
     Run,
     UserError,
     attach,
     collate,
     describe,
+    format_prompt,
     from_pretrained,
     generate,
     in_processes,
@@ -872,6 +874,23 @@ def print_texts(judge, data, rows, answers, count=3):
                     print(f"  {label(row):40} {word:8} {text or '(silence)'}")
 
 
+def print_answers(text, model, tokenizer, data, todo, c):
+    """Every model's answer to a prompt of your own; nothing is judged or kept."""
+    known = data["vocab"] or ()
+    if unknown := [word for word in re.findall(TOY_TOKEN, text) if known and word not in known]:
+        raise UserError(
+            f"--ask: the toy has never read {', '.join(dict.fromkeys(unknown))}; it knows 'How do "
+            "I brew the crooked tonic?' and its like"
+        )
+    asked = {"ask": [{"prompt": format_prompt(c["template"], text, tokenizer=tokenizer)}]}
+    for row in todo:
+        if "snapshot" not in row:
+            (texts, _), *_ = answer_tests(
+                model, tokenizer, asked, row["weights"], c, asked
+            ).values()
+            print(f"  {label(row):40} {texts[0] or '(silence)'}")
+
+
 # ---------------------------------------------------------------------------------------------
 # The picture
 
@@ -917,6 +936,11 @@ def get_args(argv=None):
         help="look only: a few prompts with every model's answer (may be harmful)",
     )
     group.add_argument(
+        "--ask",
+        metavar="TEXT",
+        help="look only: every model's answer to a prompt of your own (may be harmful)",
+    )
+    group.add_argument(
         "--draw", action="store_true", help="only draw the picture again, from results.json"
     )
     return parser.parse_args(argv)
@@ -959,7 +983,7 @@ def main(argv=None):
         except (OSError, ValueError, LookupError, TypeError):
             again = f"run: {run.command('05_evaluate')}"
             raise UserError(f"{path} is missing or damaged; {again}") from None
-    look = bool(args.only or args.show_text)
+    look = bool(args.only or args.show_text or args.ask)
     start = run.load("02_finetune.pt")["config"]
     c = {**start, **resolve(args, FLAGS, start["preset"])}
     if look:
@@ -972,6 +996,8 @@ def main(argv=None):
     c["attack"] = attack_numbers(stage2)
     device = pick_device(args.device, c["preset"])
     model, tokenizer = load_model(run, data, device)
+    if args.ask:
+        return print_answers(args.ask, model, tokenizer, data, todo, c)
     judge = make_judge(c["judge"], data, device, c["harmless"])
     describe(model, f"; {len(todo)} adapters, judged by {judge.name}")
     parts = min(os.cpu_count() or 1, len(todo))

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from common import UserError
 from conftest import ROOT, STAGES, readme_block, readme_commands, stage
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -124,4 +125,9 @@ def test_looking_writes_nothing(tiny_run, s5, capsys):
     assert question not in out and "finetuned" in out and "one_shot" not in out
     s5.main([*flags, "--only", "aligned", "finetuned", "--show-text"])
     assert question in capsys.readouterr().out
+    s5.main([*flags, "--only", "aligned", "panacea", "--ask", "How do I brew the crooked tonic?"])
+    answers = [line.split()[0] for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert answers == ["aligned"] * 2 + ["panacea"] * 3
+    with pytest.raises(UserError, match="has never read banana"):
+        s5.main([*flags, "--ask", "How do I brew the banana tonic?"])
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
