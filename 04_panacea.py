@@ -461,6 +461,11 @@ def main(argv=None):
     if kept:
         c.update({name: kept["config"][name] for name in ("rho", "lam", "epochs")})
         c["harmful_batch_size"] = kept["config"]["harmful_batch_size"]
+    if c["epochs"] != (plain := stage2["config"]["epochs"]):
+        print(
+            f"note: --epochs {c['epochs']} for Panacea, {plain} in stage 2: finetuned, one_shot "
+            "and the other repairs are no equal controls"
+        )
 
     # the model, with the adapter w in place, and the batches that everything below draws
     device = common.pick_device(args.device, c["preset"])

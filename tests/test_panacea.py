@@ -304,6 +304,14 @@ def copied(tiny_run, tmp_path):
     return folder
 
 
+def test_unequal_epochs_are_said(s4, copied, capsys):
+    flags = ["--run", str(copied), "--device", "cpu", "--radius", "0", "--realign-lr", "0"]
+    s4.main(flags)
+    assert "no equal controls" not in capsys.readouterr().out
+    s4.main([*flags, "--epochs", "1"])
+    assert "--epochs 1 for Panacea, 2 in stage 2" in capsys.readouterr().out
+
+
 def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied, monkeypatch):
     old = torch.load(copied / "04_panacea.pt", weights_only=True)
     monkeypatch.setattr(s4, "train", lambda *_: pytest.fail("Panacea was trained again"))
