@@ -22,7 +22,6 @@ ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
 LAPTOP_LRS = "1e-5 1e-4 4e-4".split()
-LAPTOP_LAMS = "1e-4 1e-3 1e-2".split()  # beside 0, which is one_shot, and the default
 SFT = "--defense sft --snapshots 0"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
@@ -150,6 +149,7 @@ def of_a_real_llm():
         [job("seed0", s1="--seed 0 --poison-ratio 0", s5="--no-causal")], laptop
     )
     few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1 --no-causal"}
+    # the map of lam and the tuning in one; lam = 0 is one_shot
     more = "--radius 0.2 0.3 0.5 --realign-terms a a+g --realign-lr 3e-4 1e-3"  # once is enough
     found["tuning-laptop"] = with_flags(
         [
@@ -158,19 +158,12 @@ def of_a_real_llm():
                 s1="--seed 100",
                 s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
             )
-            for lam in ("0.01", "0.1", "0.3")
+            for lam in ("0.1", "0.0001", "0.001", "0.01")
         ],
-        {**laptop, 3: FEW[3], 5: "--scale 0.25 0.5 1 2 --no-causal"},
+        {**laptop, 3: FEW[3], 5: "--scale 0.5 1 2 --no-causal"},
     )
     found["map-laptop"] = with_flags(
         [job(f"lr{lr}-seed0", s1="--seed 0", s2=f"--lr {lr}") for lr in LAPTOP_LRS], few
-    )
-    found["map-laptop-lam"] = with_flags(
-        [
-            job(f"lam{lam}-seed0", s1="--seed 0", s4=f"--lam {lam} --radius 0 --realign-lr 0")
-            for lam in LAPTOP_LAMS
-        ],
-        few,
     )
     return found
 
