@@ -17,10 +17,9 @@ Eq. 2 solves the inner max to first order. Eq. 3 is a step of AdamW up the outer
 counts as a constant. With lam = 0 this is plain fine-tuning, then one step up h: the control
 `one_shot`, which takes that step at w_T, on another harmful batch.
 
-Deviations from the released code (trainer.py): w is restored by copy, since adding and
-subtracting eps is not exact in bfloat16; h(w + eps) is not clamped at 5 (above it the clamp's
-gradient is 0, and Eq. 3 would go down h: learn harm); gradients are not clipped; w and eps are
-saved apart.
+Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
+eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
+would go down h: learn harm); gradients are not clipped; w and eps are saved apart.
 
 Reads:  RUN/01_data.pt, RUN/02_finetune.pt
 Writes: RUN/04_panacea.pt, RUN/04_peft (w + eps as an adapter for peft; in it without_eps)

@@ -265,9 +265,9 @@ LABELS = {
 
 
 def task_correct(task, row, answer):
-    """Whether `answer` solves the task row, as the paper's released code scores it.
+    """Whether `answer` solves the task row, as the paper's released code scores it but for gsm8k.
 
-    sst2, agnews: the label, or its other spelling, and nothing else. gsm8k: the final number.
+    sst2, agnews: the label, or its other spelling, and nothing else. gsm8k: `final_number`.
     alpaca: the toy's rule, "n of w1 w2 ..." (exactly n of these are named).
     """
     if task in ("sst2", "agnews"):
