@@ -286,7 +286,10 @@ def table_layers(pattern, columns, options):
         return table
     for what, key in (("fall of HS", "hs"), ("rise of refusals", "refusal")):
         known = [run["rank_correlation"][key]["norm"] for run in runs]
-        cells = [f"{np.nanmean([k.get(view, math.nan) for k in known]):+.2f}" for view in columns]
+        cells = []
+        for view in columns:  # there is none where every layer has the same effect
+            found = [k[view] for k in known if view in k]
+            cells.append(f"{np.mean(found):+.2f}" if found else "-")
         table.append((f"rank correlation of norm, {what}", ["", "", *cells]))
     return table
 
