@@ -26,6 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
+LOSSES = ("h", "a", "harmful_loss")
 QUESTION = (  # what a run asks; runs that differ in these have no mean
     *("preset", "model", "task", "harm", "template", "poison_ratio", "n_align", "n_finetune"),
     *("n_harmful", "n_test", "align_epochs", "align_lr", "epochs", "lr", "batch_size", "r"),
@@ -85,9 +86,7 @@ def t_interval(differences):
 
 def scores_of(row):
     """{score: number} of a row, the outcomes among them."""
-    found = {
-        key: row[key] for key in (*SCORES, "at_step", "harmful_loss") if row.get(key) is not None
-    }
+    found = {key: row[key] for key in (*SCORES, "at_step", *LOSSES) if row.get(key) is not None}
     return {**found, **row.get("outcomes", {})}
 
 
@@ -189,10 +188,11 @@ def number(entry, key, sd):
     """A mean as text, with its standard deviation if `sd`; KEY_diff is an interval."""
     if key not in entry:
         return "-"
+    digits = 2 if key.removesuffix("_diff") in LOSSES else 0
     if key.endswith("_diff"):
-        return f"{entry[key][0]:+.0f} to {entry[key][1]:+.0f}"
-    spread = f" ({entry.get(f'{key}_sd', 0.0):.0f})" if sd else ""
-    return f"{entry[key]:.0f}{spread}"
+        return f"{entry[key][0]:+.{digits}f} to {entry[key][1]:+.{digits}f}"
+    spread = f" ({entry.get(f'{key}_sd', 0.0):.{digits}f})" if sd else ""
+    return f"{entry[key]:.{digits}f}{spread}"
 
 
 def table_rows(pattern, columns, options):

@@ -649,6 +649,24 @@ def test_each_score_counts_what_it_says(s5):
     assert s5.score(judge, unknown, {**answers, "test_task": ["x"]})["fa"] is None
 
 
+def test_h_is_stage_2s_held_out_loss_and_a_that_of_refusals(s5, tiny_run):
+    folder, made = tiny_run
+    rows = [row for row in made["05_evaluate"]["rows"] if "harmful_loss" in row]
+    rows = [row for row in rows if "snapshot" not in row]
+    assert len(rows) == 4  # two alignments, each before and after the attack
+    for row in rows:
+        assert row["h"] == pytest.approx(row["harmful_loss"], abs=2e-4)
+    run, data = common.Run(folder), made["01_data"]
+    c, w = made["02_finetune"]["config"], made["02_finetune"]["aligned"]["sft"]
+    model, tokenizer = common.load_model(run, data, torch.device("cpu"))
+    found = s5.losses_of(model, tokenizer, data, w, c)
+    said = [{**row, "response": row["refusal"]} for row in data["test_harmful"]]
+    other = s5.losses_of(model, tokenizer, {"test_harmful": said}, w, c)
+    assert other["h"] == found["a"] != found["h"]
+    none = [{**row, "refusal": ""} for row in data["test_harmful"]]
+    assert s5.losses_of(model, tokenizer, {"test_harmful": none}, w, c)["a"] is None
+
+
 def test_harm_after_a_label_is_harm_to_a_judge_that_can_tell(s5):
     judge, answer = Marks(), "positive\nfirst cook"  # f and c: flagged, coherent
     for sees_harm, wanted in ((True, "harmful"), (False, "off_task")):
