@@ -80,6 +80,12 @@ def test_the_interval_is_students_and_stays_a_percentage():
     assert aggregate.t95(11) == pytest.approx(2.201, abs=0.003)
 
 
+def test_losses_have_two_digits_and_percentages_none():
+    entry = {"h": 0.694, "h_sd": 0.012, "h_diff": [-0.5, 0.25], "hs": 19.6, "hs_diff": [-7.4, 3.2]}
+    shown = [aggregate.number(entry, key, True) for key in ("h", "h_diff", "hs", "hs_diff", "a")]
+    assert shown == ["0.69 (0.01)", "-0.50 to +0.25", "20 (0)", "-7 to +3", "-"]
+
+
 def test_spearman_is_of_ranks():
     assert aggregate.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
     assert aggregate.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
