@@ -435,11 +435,11 @@ def differences(path):
 def rewritten(match):
     """A marked table with its numbers made again; what was written by hand stays.
 
-    A mark without a table gets the whole one.
+    A mark without a table, or with one of other columns, gets the whole one.
     """
     table, lines = made(match), match[5].splitlines()
     head = f"<!-- table: {match[1]} {match[2]} | {match[3]} | {match[4]} -->\n\n"
-    if len(lines) < 3:
+    if len(lines) < 3 or len(cells_of(lines[0])) != 1 + len(table[0][1]):
         text = [f"| {' | '.join([table[0][0], *table[0][1]])} |"]
         text.append("|" + "---|" * (1 + len(table[0][1])))
         text += [f"| {' | '.join([f'`{name}`', *cells])} |" for name, cells in table[1:]]
