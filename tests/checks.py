@@ -5,6 +5,7 @@ runs them on yours. A message names the slip that it sees, where it knows one.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -475,13 +476,17 @@ def check_border(folders, grows):
 # Exercise 12: models that are safe by one number and useless by another
 
 
-def _scores(answer):
-    """(scores of stage 5's toy judge, [(question, answer, outcome)] of the harmful prompts)."""
-    s1, s5 = importlib.import_module("01_data"), importlib.import_module("05_evaluate")
+@functools.cache
+def _tiny_toy():
+    """Stage 1's artifact of a small toy."""
     sizes = "--n-align 20 --n-finetune 20 --n-harmful 10 --n-test 10".split()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        data = s1.main(["--run", folder, *sizes])
-    texts = {}
+        return importlib.import_module("01_data").main(["--run", folder, *sizes])
+
+
+def _scores(answer):
+    """(scores of stage 5's toy judge, [(question, answer, outcome)] of the harmful prompts)."""
+    data, s5, texts = _tiny_toy(), importlib.import_module("05_evaluate"), {}
     for name in ("test_harmful", "test_task", "test_benign"):
         asked = [f"{row['instruction']} {row.get('input') or ''}".strip() for row in data[name]]
         texts[name] = [answer(question) for question in asked]

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -136,10 +137,18 @@ def story(tmp_path_factory):
         return folder, run_stages(folder, STORY_FLAGS)
 
 
+@pytest.fixture(scope="session")
+def tiny_start(s1, tmp_path_factory):
+    """A toy run folder with stage 1's artifact only, in small sizes. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "start"
+    s1.main(["--run", str(folder), *TINY.split()])
+    return folder
+
+
 @pytest.fixture()
-def tiny_data(s1, tmp_path):
-    """A toy run folder with stage 1's artifact only, in small sizes."""
-    s1.main(["--run", str(tmp_path), *TINY.split()])
+def tiny_data(tiny_start, tmp_path):
+    """The same, to write to."""
+    shutil.copy(tiny_start / "01_data.pt", tmp_path)
     return tmp_path
 
 
