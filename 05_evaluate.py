@@ -875,9 +875,9 @@ def print_losses(rows):
     first = [row for row in headline(rows) if row.get("a") is not None]
     if first:
         print(
-            "\nWhy: loss on harmful answers (h) and on refusals (a), per token, held out. Refusals"
+            "\nWhy: loss per token on harmful answers (h) and on refusals (a), held out.\n"
+            "Refusals come back where a step up h takes a down, garble where it takes both up"
         )
-        print("come back where a step up h takes a down, garble where it takes both up")
         table = [(label(row), f"{row['h']:.2f}", f"{row['a']:.2f}") for row in first]
         print_columns([("model", "h", "a"), *table])
 
@@ -915,8 +915,8 @@ def print_texts(judge, data, rows, answers, count=3):
 
 def print_answers(text, model, tokenizer, data, todo, c):
     """Every model's answer to a prompt of your own; nothing is judged or kept."""
-    known = data["vocab"] or ()
-    if unknown := [word for word in re.findall(TOY_TOKEN, text) if known and word not in known]:
+    unknown = [word for word in re.findall(TOY_TOKEN, text) if word not in data["vocab"]]
+    if data["vocab"] and unknown:  # only the toy has a vocabulary
         raise UserError(
             f"--ask: the toy has never read {', '.join(dict.fromkeys(unknown))}; it knows 'How do "
             "I brew the crooked tonic?' and its like"
@@ -924,10 +924,8 @@ def print_answers(text, model, tokenizer, data, todo, c):
     asked = {"ask": [{"prompt": format_prompt(c["template"], text, tokenizer=tokenizer)}]}
     for row in todo:
         if "snapshot" not in row:
-            (texts, _), *_ = answer_tests(
-                model, tokenizer, asked, row["weights"], c, asked
-            ).values()
-            print(f"  {label(row):40} {texts[0] or '(silence)'}")
+            found = answer_tests(model, tokenizer, asked, row["weights"], c, asked)
+            print(f"  {label(row):40} {found['ask'][0][0] or '(silence)'}")
 
 
 # ---------------------------------------------------------------------------------------------
