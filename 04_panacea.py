@@ -135,7 +135,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("radius", [0.3], [0.3], [0.2], "anchored eps: largest ||eps|| over ||w - w_aligned||; "
          "0: none", low=0),
     Flag("anchored_steps", [10], [10], [10], "anchored eps: projected steps", low=1),
-    Flag("realign_terms", ["a"], ["a+g"], ["a+g"], "what realign descends", choices=("a", "a+g")),
+    Flag("realign_terms", ["a"], ["a"], ["a+g"], "what realign descends", choices=("a", "a+g")),
     Flag("realign_lr", [3e-4], [1e-3], [5e-4], "realign: learning rate; 0: none", low=0),
     Flag("realign_steps", [20], [10], [20], "realign: AdamW steps", low=1),
 ]

@@ -447,6 +447,8 @@ def rewritten(match):
         wanted, text = dict(table[1:]), lines[:2]
         for line in lines[2:]:
             cells = cells_of(line)
+            if label_in(cells[0]) not in wanted:
+                raise Wrong(f"{label_in(cells[0])!r} is no row of {match[2]}; delete the table")
             new = wanted[label_in(cells[0])]
             text.append(f"| {' | '.join([*cells[: len(cells) - len(new)], *new])} |")
     return head + "\n".join(text) + ("\n" if match[5] else "\n\n")
@@ -533,11 +535,15 @@ def draw_story():
 
 
 MAP = (  # (runs, key of their config, its name on the axis, factor, name of the line)
-    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "sst2"),
-    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "agnews"),
+    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "toy, sst2"),
+    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "toy, agnews"),
     (
         ".results/map-depth/*,.results/map-sst2/lr2e-4-*",
-        *("align_epochs", "epochs of alignment", 1, "sst2"),
+        *("align_epochs", "epochs of alignment", 1, "toy, sst2"),
+    ),
+    (
+        ".results/map-laptop/*,.results/laptop-sst2/seed*",
+        *("lr", "attack's learning rate, 1e-5", 1e5, "SmolLM2, sst2"),
     ),
 )
 

@@ -69,7 +69,7 @@ def look(seed, args):
             row = scored(weights, model="aligned", depth=step // per_epoch)
             rows.append({**row, "probability": math.exp(-a)})
             at_depth[step // per_epoch] = weights
-    for lr in LRS[preset]:
+    for lr in args.lrs or LRS[preset]:
         s2.put(w, at_depth[depth])
         pad_id = tokenizer.pad_token_id
         s2.attack(model, w, "sft", examples, pad_id, {**c, "lr": lr})
@@ -86,6 +86,7 @@ def main(argv=None):
     parser.add_argument("--depth", type=int, help="alignment's epochs, attacked (the default)")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--preset", default="toy", choices=tuple(DEPTHS))
+    parser.add_argument("--lrs", type=float, nargs="+", help="learning rates (the preset's grid)")
     parser.add_argument("--more", default="", metavar="FLAGS", help="more flags for stage 1")
     args = parser.parse_args(argv)
     if args.depth is None:

@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
-LAPTOP_LRS = "6e-5 1e-4 4e-4".split()  # beside the default, 4e-5
 SFT = "--defense sft --snapshots 0"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
@@ -158,12 +157,17 @@ def of_a_real_llm():
                 s1="--seed 100",
                 s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
             )
-            for lam in ("0.1", "0.0001", "0.001", "0.01")
+            for lam in ("0.1", "0.3", "0.03", "0.01", "0.001")
         ],
         {**laptop, 3: FEW[3], 5: "--scale 0.5 1 2 --no-causal"},
     )
     found["map-laptop"] = with_flags(
-        [job(f"lr{lr}-seed0", s1="--seed 0", s2=f"--lr {lr}") for lr in LAPTOP_LRS], few
+        [  # beside the default, 1e-4; 4e-5 has the paper's ratio to alignment's rate
+            job(f"lr{lr}-seed{s}", s1=f"--seed {s}", s2=f"--lr {lr}")
+            for lr, seeds in (("4e-5", range(3)), ("4e-4", range(1)))
+            for s in seeds
+        ],
+        few,
     )
     return found
 
