@@ -114,6 +114,10 @@ def test_a_wrong_cell_is_found_and_written_right_again(tmp_path):
     assert again == text
     copy.write_text(text.replace(mark[5], ""), encoding="utf-8")  # a mark without its table
     assert any("is empty" in line for line in aggregate.differences(copy))
+    name = aggregate.label_in(aggregate.cells_of(line)[0])
+    gone = text.replace(line, line.replace(name, "gone"))  # a row that no run has any more
+    with pytest.raises(aggregate.Wrong, match="'gone' is no row"):
+        aggregate.MARK.sub(aggregate.rewritten, gone)
 
 
 def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_learn(
