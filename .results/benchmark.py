@@ -5,8 +5,8 @@ answering, what a step costs with transformers' Trainer and peft instead (only i
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
 `--data-dir FOLDER` instead takes the steps on real rows, as the paper's setting has them; `--story`
 times the six stages of the default run; `--busy` an excerpt of stage 2 beside a busy process, with
-one thread and with two (with `--model`, of that checkpoint); `--memory-7b` measures layers of a
-Llama-2-7B with random weights, and says what all 32 would take.
+one thread and with two (with `--model`, of that checkpoint); `--memory-7b` measures a Llama-2-7B
+with random weights: all of it on a CUDA GPU, else two of its layers, and what 32 would take.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
 is the median of several rounds in turn, [with its range].
@@ -428,46 +428,67 @@ def scaling(toy):
     )
 
 
-def seven_billion():
-    """Peak memory of the paper's setting, extrapolated from one and two layers of Llama-2-7B.
-
-    Random bfloat16 weights, batches of 10 x 256 tokens (half of them answers), LoRA of rank 32 on
-    q, k and v, gradient checkpointing; one step of plain fine-tuning and one of Panacea. What a
-    step holds beyond the weights is a + b * layers; w and AdamW's two moments (which only the
-    second step meets) are added.
-    """
+def llama2_7b(layers, device):
+    """The first `layers` layers of a Llama-2-7B with random bfloat16 weights."""
     import transformers
 
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def seven_billion():
+    """Peak memory of a training step in the paper's setting, and on a CUDA GPU its seconds.
+
+    Random weights, batches of 10 x 256 tokens (half of them answers), LoRA of rank 32 on q, k and
+    v, gradient checkpointing; plain fine-tuning and Panacea. On a GPU it is measured on all 32
+    layers, there also without checkpointing; on a CPU extrapolated: what a step holds beyond the
+    weights is a + b * layers, and w and AdamW's two moments (which only the second step meets)
+    are added.
+    """
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
     c = {**resolve(None, s2.FLAGS, "paper"), **resolve(None, s4.FLAGS, "paper")}
-    ids = torch.randint(4, 32000, (c["batch_size"], 256))
-    batch = {"input_ids": ids, "labels": torch.where(torch.arange(256) < 128, -100, ids)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(4, 32000, (c["batch_size"], 256), device=device)
+    answer = torch.arange(256, device=device) >= 128
+    batch = {"input_ids": ids, "labels": torch.where(answer, ids, -100)}
     held = {"plain fine-tuning": [], "Panacea": []}
-    for layers in (1, 2):
-        config = transformers.LlamaConfig(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            max_position_embeddings=4096,
-        )
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    for layers in (32,) if device == "cuda" else (1, 2):
+        model = llama2_7b(layers, device)
         w = s4.add_lora(model, c["targets"], c["r"], c["alpha"])
-        checkpoint_layers(model)
         loss, params = partial(s4.answer_loss, model), list(w.values())
 
-        def plain():
-            optimizer = torch.optim.AdamW(params, lr=c["lr"], fused=True)
-            for p, grad in zip(params, s4.gradient(loss, params, batch)[0]):
-                p.grad = grad
-            optimizer.step()
+        def plain(steps):
+            pairs = [(batch, None)] * steps
+            list(s2.train(model, w, s2.sft_rule, pairs, steps, c["lr"], c, ""))
 
-        for name, job in (
-            ("plain fine-tuning", plain),
-            ("Panacea", lambda: s4.train(loss, w, [(batch, batch)], 1, c)),
-        ):
-            held[name].append(peak_bytes(job) + 3 * sum(4 * p.numel() for p in params))
+        def panacea(steps):
+            s4.train(loss, w, [(batch, batch)] * steps, steps, c)
+
+        both = {"plain fine-tuning": plain, "Panacea": panacea}
+        if device == "cuda":
+            print(f"  {torch.cuda.get_device_name()}, {layers} layers")
+            for name, job in both.items():
+                on_gpu(f"{name}, all activations kept", job)
+        checkpoint_layers(model)
+        for name, job in both.items():
+            if device == "cuda":
+                on_gpu(f"{name}, gradient checkpointing", job)
+                continue
+            moments = 3 * sum(4 * p.numel() for p in params)
+            held[name].append(peak_bytes(partial(job, 1)) + moments)
             for p in params:
                 p.grad = None
             print(
@@ -475,12 +496,34 @@ def seven_billion():
                 flush=True,
             )
     weights = 2 * 6.738e9 / 1e9  # Llama-2-7B's weights, two bytes each
-    for name, (one, two) in held.items():
+    for name, (one, two) in held.items() if device == "cpu" else ():
         more = (one + 31 * (two - one)) / 1e9
         print(
             f"  32 layers, {name}: {weights:.1f} GB of weights + {more:.1f} = "
             f"{weights + more:.1f} GB"
         )
+
+
+def on_gpu(name, job):
+    """Print the peak memory of job(steps) on the GPU, weights included, and a step's seconds."""
+    times = {}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        for steps in (2, 2, 7):  # the first to warm up; the difference leaves out what is once
+            start = time.perf_counter()
+            quietly(partial(job, steps))
+            torch.cuda.synchronize()
+            times[steps] = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        print(f"  {name:44} out of memory", flush=True)
+        return
+    held, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    print(
+        f"  {name:44} {held / 1e9:6.1f} GB ({reserved / 1e9:.1f} with what is kept for later), "
+        f"{(times[7] - times[2]) / 5:.2f} s a step",
+        flush=True,
+    )
 
 
 def pieces(texts):
@@ -650,7 +693,7 @@ def main(argv=None):
     parser.add_argument(
         "--memory-7b",
         action="store_true",
-        help="the memory of Llama-2-7B, from one and two of its layers",
+        help="the memory of Llama-2-7B and, on a GPU, the seconds of a step",
     )
     parser.add_argument(
         "--data-dir",

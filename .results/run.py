@@ -153,10 +153,11 @@ def of_a_real_llm():
     found["tuning-laptop"] = with_flags(
         [
             job(
-                f"lam{lam}-seed100",
-                s1="--seed 100",
+                f"lam{lam}-seed{s}",
+                s1=f"--seed {s}",
                 s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
             )
+            for s in (100, 101, 102)
             for lam in ("0.1", "0.3", "0.03", "0.01", "0.001")
         ],
         {**laptop, 3: FEW[3], 5: "--scale 0.5 1 2 --no-causal"},
