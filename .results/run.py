@@ -173,7 +173,13 @@ def of_a_real_llm():
 
 
 def compact(content):
-    """results.json or layers.json as text with one row a line, so that a diff shows rows."""
+    """results.json or layers.json as text with one row a line, so that a diff shows rows.
+
+    Of a model's folder only the last part is kept: the rest says where it lay on one machine.
+    """
+    content = {**content, "config": dict(content["config"])}
+    if Path(content["config"]["model"]).is_dir():
+        content["config"]["model"] = Path(content["config"]["model"]).resolve().name
     rows = {key: value for key, value in content.items() if isinstance(value, list)}
     parts = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items() if k not in rows]
     for key, values in rows.items():
