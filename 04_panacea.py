@@ -180,6 +180,17 @@ def layer_norms(w, eps):
     return [math.sqrt(squares[layer]) for layer in sorted(squares)]
 
 
+def ends_of_h_eps(log):
+    """[first, last]: mean h(w + eps) over the first and the last tenth of the steps.
+
+    It begins at the aligned weights plus eps and falls as w learns the task, harmful samples
+    among it. Where it ends above its beginning, eps has gone past the refusals: with too large a
+    lam, or on clean data, where nothing in g holds h down.
+    """
+    size = max(1, len(log) // 10)
+    return [sum(x["h_eps"] for x in part) / size for part in (log[:size], log[-size:])]
+
+
 def copy_of(w):
     """{name: tensor} on the CPU, float32, detached."""
     return {name: p.detach().cpu().clone() for name, p in w.items()}
@@ -497,6 +508,13 @@ def main(argv=None):
         )
         eps, log = train(loss, w, pairs, steps, c)
         result = {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
+    first, last = c["h_eps"] = ends_of_h_eps(result["log"])
+    if last > first:
+        print(
+            f"  note: h(w + eps) rose in training, from {first:.2f} to {last:.2f}: all of this eps "
+            "may break more than it brings back; try a part of it or a smaller --lam (are the "
+            "user's data clean?)"
+        )
 
     # the control and the other repairs, from the attacked weights, on batches of their own
     attacked, draw = stage2["finetuned"]["sft"], partial(batches, seed=c["seed"] + 1)

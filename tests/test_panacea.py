@@ -312,6 +312,21 @@ def test_unequal_epochs_are_said(s4, copied, capsys):
     assert "--epochs 1 for Panacea, 2 in stage 2" in capsys.readouterr().out
 
 
+def test_an_eps_that_went_past_the_refusals_is_said(s4, copied, capsys, monkeypatch):
+    h_eps = [3.0, 1.0, *[9.0] * 18, 2.0, 1.9]  # 22 steps: two at each end count
+    assert s4.ends_of_h_eps([{"h_eps": x} for x in h_eps]) == pytest.approx([2.0, 1.95])
+    assert s4.ends_of_h_eps([{"h_eps": 3.0}, {"h_eps": 5.0}]) == [3.0, 5.0]
+    flags = ["--run", str(copied), "--device", "cpu", "--repairs-only", "--radius", "0"]
+    kept = torch.load(copied / "04_panacea.pt", weights_only=True)
+    for last, said in ((1.0, False), (1.5, False), (1.6, True)):
+        log = [{**entry, "h_eps": 1.5} for entry in kept["log"]]
+        log[-1]["h_eps"] = last
+        monkeypatch.setattr(s4, "kept_panacea", lambda run, args, log=log: {**kept, "log": log})
+        made = s4.main(flags)
+        assert ("rose in training, from 1.50 to" in capsys.readouterr().out) is said
+        assert made["config"]["h_eps"] == pytest.approx(s4.ends_of_h_eps(log))
+
+
 def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied, monkeypatch):
     old = torch.load(copied / "04_panacea.pt", weights_only=True)
     monkeypatch.setattr(s4, "train", lambda *_: pytest.fail("Panacea was trained again"))
