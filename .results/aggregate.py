@@ -383,7 +383,39 @@ def table_border(pattern, columns, options):
     return table
 
 
+def table_ends(pattern, columns, options):
+    """h(w + eps) as Panacea's training began and ended, and what all of eps makes of the run.
+
+    Ordered by the rise, with its rank correlation with each column; runs that know no h_eps (made
+    by older code) are left out.
+    """
+    runs = []
+    for folder in files(pattern):
+        results = read(folder)
+        if "h_eps" in results["config"]:
+            (row,) = (
+                row
+                for row in results["rows"]
+                if row["model"] == "panacea" and row["setting"].get("scale") == 1
+            )
+            name = str(Path(folder).relative_to(ROOT / ".results"))
+            runs.append((name, results["config"]["h_eps"], {**row, **row["outcomes"]}))
+    if not runs:
+        raise Wrong(f"no run of {pattern} knows h_eps")
+    runs.sort(key=lambda run: run[1][1] - run[1][0])
+    table = [("run", ["first", "last", *columns])]
+    for name, ends, row in runs:
+        cells = [f"{x:.2f}" for x in ends] + [f"{row[key]:.0f}" for key in columns]
+        table.append((name, cells))
+    rises = [last - first for _, (first, last), _ in runs]
+    cells = [[row[key] for *_, row in runs] for key in columns]
+    found = [f"{spearman(rises, x):+.2f}" if len(set(x)) > 1 else "-" for x in cells]
+    table.append(("rank correlation of the rise", ["", "", *found]))
+    return table
+
+
 KINDS = {
+    "ends": table_ends,
     "rows": table_rows,
     "groups": table_groups,
     "chosen": table_chosen,

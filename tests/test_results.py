@@ -147,6 +147,36 @@ def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_le
     assert chosen[1:] == [("sft", ["99", "84"]), ("vaccine rho 2", ["99", "65"])]
 
 
+def test_runs_are_ordered_by_what_h_eps_did_in_training(tmp_path, monkeypatch):
+    def kept(name, ends, fa, benign):
+        row = {"defense": "sft", "hs": 0, "hs_plus": 0, "refusal": 90, "outcomes": {"garbled": 0}}
+        rows = [
+            {**row, "model": "panacea", "setting": {"scale": 1.0}, "fa": fa, "benign": benign},
+            {**row, "model": "panacea", "setting": {"scale": 0.5}, "fa": 1, "benign": 1},
+            {**row, "model": "panacea", "setting": {}, "view": "only", "layer": 0},
+        ]
+        config = {"seed": 0, **({"h_eps": ends} if ends else {})}
+        path = tmp_path / ".results" / name / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"config": config, "rows": rows}))
+
+    monkeypatch.setattr(aggregate, "ROOT", tmp_path)
+    kept("old", None, 50, 50)
+    with pytest.raises(aggregate.Wrong, match="no run of .results/. knows h_eps"):
+        aggregate.table_ends(".results/*", ["fa"], [])
+    kept("broken", [2.0, 9.0], 10, 30)
+    kept("whole", [3.0, 2.5], 90, 99)
+    kept("short", [3.0, 2.0], 90, 98)
+    found = aggregate.table_ends(".results/*", ["fa", "benign", "garbled"], [])
+    assert found == [
+        ("run", ["first", "last", "fa", "benign", "garbled"]),
+        ("short", ["3.00", "2.00", "90", "98", "0"]),
+        ("whole", ["3.00", "2.50", "90", "99", "0"]),
+        ("broken", ["2.00", "9.00", "10", "30", "0"]),
+        ("rank correlation of the rise", ["", "", "-0.87", "-0.50", "-"]),
+    ]
+
+
 def test_a_damaged_results_file_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(aggregate.Wrong, match="results.json is missing or damaged; run: python 05"):
