@@ -143,7 +143,7 @@ def stage_parser(doc, flags):
         "--device",
         default="auto",
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:1 or mps (default: auto)",
+        help="auto (the toy: cpu), cpu, cuda, cuda:1 or mps (default: auto)",
     )
     group = parser.add_argument_group("what and how much")
     for row in flags:
@@ -336,12 +336,13 @@ class Run:
 def pick_device(name, preset):
     """torch.device for `--device`; auto takes the accelerator, if there is one, else the CPU.
 
-    The toy computes with one thread: two are hardly faster on matrices so small, wait for each
-    other when anything else runs, and would make its digits depend on the number of cores.
+    The toy stays on the CPU unless told, and computes with one thread: its matrices are too small
+    for a GPU or for two threads, and its digits would depend on them.
     Raises UserError if the device is unknown or not there.
     """
     if preset == "toy":
         torch.set_num_threads(1)
+        name = "cpu" if name == "auto" else name
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:

@@ -311,6 +311,7 @@ def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
         )
         assert common.pick_device("auto", "paper").type == wanted
         assert common.pick_device("cpu", "paper").type == "cpu"
+        assert common.pick_device("auto", "toy").type == "cpu"  # the page's digits are a CPU's
 
 
 def test_an_error_in_a_process_of_its_own_arrives_as_one_line(processes):
