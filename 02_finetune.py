@@ -18,7 +18,7 @@ on refusals (alignment set) and h the loss on harmful answers (harmful set):
 
 The attack is sft, too, on the loss g of the user's data. Before all this the base model must know
 the potions (RUN/02_base, a checkpoint folder): the toy's is pre-trained on the spot, a real LLM
-reads some hundred recipes and rows of the task.
+reads some hundreds of recipes and rows of the task.
 
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.

@@ -157,8 +157,8 @@ def of_a_real_llm():
                 s1=f"--seed {s}",
                 s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
             )
-            for s in (100, 101, 102)
-            for lam in ("0.1", "0.3", "0.03", "0.01", "0.001")
+            for s, lams in ((100, "0.1 0.3 0.03 0.01 0.001"), (101, "0.1 0.03"), (102, "0.1 0.03"))
+            for lam in lams.split()
         ],
         {**laptop, 3: FEW[3], 5: "--scale 0.5 1 2 --no-causal"},
     )
