@@ -348,6 +348,7 @@ KNOWN = (  # of a run, before any repair is tried
     "distance of w from w_aligned",
     "rho over that distance",
 )
+RISE = "rise of h(w + eps) in Panacea's training"
 
 
 def mapped_runs(pattern):
@@ -367,6 +368,9 @@ def mapped_runs(pattern):
         rho = rows["panacea"]["setting"]["rho"]
         known = (rows["finetuned"]["refusal"], attack["h"], attack["distance"])
         run = dict(zip(KNOWN, (*known, rho / attack["distance"])))
+        if "h_eps" in results["config"]:
+            first, last = results["config"]["h_eps"]
+            run[RISE] = last - first
         for model, row in rows.items():
             run.update({f"{model}:{key}": row[key] for key in SCORES})
         found.append(run)
@@ -377,7 +381,7 @@ def table_border(pattern, columns, options):
     """Rank correlation of what is known before any repair with what repairs make of it."""
     runs = mapped_runs(pattern)
     table = [("known before any repair", [f"`{c.replace(':', '` ')}" for c in columns])]
-    for name in KNOWN:
+    for name in (*KNOWN, *([RISE] if all(RISE in run for run in runs) else [])):
         values = [run[name] for run in runs]
         table.append((name, [f"{spearman(values, [r[k] for r in runs]):+.2f}" for k in columns]))
     return table
