@@ -185,7 +185,7 @@ def ends_of_h_eps(log):
 
     It begins at the aligned weights plus eps and falls as w learns the task, harmful samples
     among it. Where it ends above its beginning, eps has gone past the refusals: with too large a
-    lam, or on clean data, where nothing in g holds h down.
+    lam, on clean data, where nothing in g holds h down, or after a complete attack.
     """
     size = max(1, len(log) // 10)
     return [sum(x["h_eps"] for x in part) / size for part in (log[:size], log[-size:])]
