@@ -5,8 +5,8 @@ answering, what a step costs with transformers' Trainer and peft instead (only i
 installed; it is no requirement), and how time and peak memory grow with every size of the model.
 `--data-dir FOLDER` instead takes the steps on real rows, as the paper's setting has them; `--story`
 times the six stages of the default run; `--busy` an excerpt of stage 2 beside a busy process, with
-one thread and with two (with `--model`, of that checkpoint); `--memory-7b` measures a Llama-2-7B
-with random weights: all of it on a CUDA GPU, else two of its layers, and what 32 would take.
+one thread and with two (with `--model`, of that checkpoint); `--memory-7b` steps of a
+Llama-2-7B with random weights, on a CUDA GPU.
 
 The toy's data and models with random weights: speed does not depend on what was learnt. A number
 is the median of several rounds in turn, [with its range].
@@ -428,80 +428,49 @@ def scaling(toy):
     )
 
 
-def llama2_7b(layers, device):
-    """The first `layers` layers of a Llama-2-7B with random bfloat16 weights."""
+def llama2_7b():
+    """A Llama-2-7B with random bfloat16 weights on the GPU."""
     import transformers
 
     config = transformers.LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=layers,
+        num_hidden_layers=32,
         num_attention_heads=32,
         max_position_embeddings=4096,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return transformers.LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def seven_billion():
-    """Peak memory of a training step in the paper's setting, and on a CUDA GPU its seconds.
+    """Peak memory and seconds of a training step of Llama-2-7B in the paper's setting.
 
-    Random weights, batches of 10 x 256 tokens (half of them answers), LoRA of rank 32 on q, k and
-    v, gradient checkpointing; plain fine-tuning and Panacea. On a GPU it is measured on all 32
-    layers, there also without checkpointing; on a CPU extrapolated: what a step holds beyond the
-    weights is a + b * layers, and w and AdamW's two moments (which only the second step meets)
-    are added.
+    Batches of 10 x 256 tokens (half of them answers), LoRA of rank 32 on q, k and v; plain
+    fine-tuning and Panacea, without gradient checkpointing and with it.
     """
     s2, s4 = (importlib.import_module(STAGES[i]) for i in (1, 3))
     c = {**resolve(None, s2.FLAGS, "paper"), **resolve(None, s4.FLAGS, "paper")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = torch.randint(4, 32000, (c["batch_size"], 256), device=device)
-    answer = torch.arange(256, device=device) >= 128
+    ids = torch.randint(4, 32000, (c["batch_size"], 256), device="cuda")
+    answer = torch.arange(256, device="cuda") >= 128
     batch = {"input_ids": ids, "labels": torch.where(answer, ids, -100)}
-    held = {"plain fine-tuning": [], "Panacea": []}
-    for layers in (32,) if device == "cuda" else (1, 2):
-        model = llama2_7b(layers, device)
-        w = s4.add_lora(model, c["targets"], c["r"], c["alpha"])
-        loss, params = partial(s4.answer_loss, model), list(w.values())
+    model = llama2_7b()
+    w = s4.add_lora(model, c["targets"], c["r"], c["alpha"])
 
-        def plain(steps):
-            pairs = [(batch, None)] * steps
-            list(s2.train(model, w, s2.sft_rule, pairs, steps, c["lr"], c, ""))
+    def plain(steps):
+        pairs = [(batch, None)] * steps
+        list(s2.train(model, w, s2.sft_rule, pairs, steps, c["lr"], c, ""))
 
-        def panacea(steps):
-            s4.train(loss, w, [(batch, batch)] * steps, steps, c)
+    def panacea(steps):
+        s4.train(partial(s4.answer_loss, model), w, [(batch, batch)] * steps, steps, c)
 
-        both = {"plain fine-tuning": plain, "Panacea": panacea}
-        if device == "cuda":
-            print(f"  {torch.cuda.get_device_name()}, {layers} layers")
-            for name, job in both.items():
-                on_gpu(f"{name}, all activations kept", job)
-        checkpoint_layers(model)
-        for name, job in both.items():
-            if device == "cuda":
-                on_gpu(f"{name}, gradient checkpointing", job)
-                continue
-            moments = 3 * sum(4 * p.numel() for p in params)
-            held[name].append(peak_bytes(partial(job, 1)) + moments)
-            for p in params:
-                p.grad = None
-            print(
-                f"  layers: {layers}, {name:18} {held[name][-1] / 1e9:6.2f} GB beyond the weights",
-                flush=True,
-            )
-    weights = 2 * 6.738e9 / 1e9  # Llama-2-7B's weights, two bytes each
-    for name, (one, two) in held.items() if device == "cpu" else ():
-        more = (one + 31 * (two - one)) / 1e9
-        print(
-            f"  32 layers, {name}: {weights:.1f} GB of weights + {more:.1f} = "
-            f"{weights + more:.1f} GB"
-        )
+    print(f"  {torch.cuda.get_device_name()}")
+    for how in ("all activations kept", "gradient checkpointing"):
+        if how == "gradient checkpointing":
+            checkpoint_layers(model)
+        on_gpu(f"plain fine-tuning, {how}", plain)
+        on_gpu(f"Panacea, {how}", panacea)
 
 
 def on_gpu(name, job):
@@ -693,7 +662,7 @@ def main(argv=None):
     parser.add_argument(
         "--memory-7b",
         action="store_true",
-        help="the memory of Llama-2-7B and, on a GPU, the seconds of a step",
+        help="the memory and the seconds of a step of Llama-2-7B, on a CUDA GPU",
     )
     parser.add_argument(
         "--data-dir",
@@ -712,6 +681,8 @@ def main(argv=None):
         return busy_checkpoint(args.model) if args.busy else checkpoint(args.model)
     if args.data_dir:
         return real_steps(args.data_dir)
+    if args.memory_7b and not torch.cuda.is_available():
+        parser.error("--memory-7b needs a CUDA GPU, and none is found here")
     if args.story or args.memory_7b:
         return story() if args.story else seven_billion()
     toy = Toy()
