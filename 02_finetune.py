@@ -27,7 +27,7 @@ Reading order: LoRALinear, answer_loss, the rules, train, align, attack; 12 minu
 makes the base model and tries a model before hours are spent on it.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt, RUN/02_base (where a base is made)
-Run:    python 02_finetune.py                 about two minutes for the toy
+Run:    python 02_finetune.py                 a minute and a half for the toy
 """
 
 import hashlib
@@ -71,7 +71,7 @@ from torch import nn
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
-    Flag("defense", DEFENSES, ["sft"], ["sft"],
+    Flag("defense", ["sft", "repnoise"], ["sft"], ["sft"],  # each other one: 40 s more
          f"how to align, one or several: {', '.join(DEFENSES)}", choices=tuple(DEFENSES)),
     Flag("align_epochs", 12, 3, 20, "epochs over the alignment set; 0 for a chat model", low=0),
     Flag("align_lr", 2e-3, 1e-3, 5e-4, "learning rate of alignment", low=0),

@@ -22,6 +22,7 @@ ROOT = HERE.parent
 STAGES = "01_data 02_finetune 03_random_perturb 04_panacea 05_evaluate 06_layer_analysis".split()
 LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, weak to complete
 SFT = "--defense sft --snapshots 0"
+ALL = "--defense sft vaccine repnoise booster"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
 
@@ -42,7 +43,7 @@ def with_flags(jobs, common):
 def experiments():
     """{name: jobs}."""
     tuned, seeds = range(100, 106), range(10)
-    found = {"toy": [job(f"seed{s}", s1=f"--seed {s}") for s in seeds]}
+    found = {"toy": [job(f"seed{s}", s1=f"--seed {s}", s2=ALL) for s in seeds]}
     found["toy-tasks"] = with_flags(
         [
             job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}")
