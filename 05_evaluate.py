@@ -77,11 +77,11 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
          "toy for potions, else keyword"),
     Flag("harmless", "auto", "auto", "auto", "a classifier's label for harmless answers; none: "
          "every label is a harm; auto: as its config says"),
-    Flag("scale", [0.5, 1.0, 1.5], [0.5, 1.0, 2.0], [1.0],
+    Flag("scale", [0.5, 1.0, 1.5], [0.5, 1.0], [1.0],
          "multiples of eps at which one_shot and Panacea are measured", low=0),
     Flag("max_new_tokens", 28, 40, 512, "longest answer", low=1),
     Flag("eval_batch_size", 200, 50, 16, "prompts answered at a time", low=1),
-    Flag("causal", True, True, False, "apply eps layer by layer as well; four models a layer"),
+    Flag("causal", True, False, False, "apply eps layer by layer as well; four models a layer"),
     Flag("causal_prompts", 100, 20, 100, "prompts of each kind for the layers", low=1),
 ]
 # fmt: on

@@ -570,16 +570,16 @@ def draw_story():
     save(figure, ROOT / ".assets/story.png")
 
 
-MAP = (  # (runs, key of their config, its name on the axis, factor, name of the line)
-    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "toy, sst2"),
-    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "toy, agnews"),
+MAP = (  # (runs, key of their config, its name on the axis, factor, the default there, line's name)
+    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
+    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
     (
         ".results/map-depth/*,.results/map-sst2/lr2e-4-*",
-        *("align_epochs", "epochs of alignment", 1, "toy, sst2"),
+        *("align_epochs", "epochs of alignment", 1, "12", "toy, sst2"),
     ),
     (
         ".results/map-laptop/*,.results/laptop-sst2/seed*",
-        *("lr", "attack's learning rate, 1e-5", 1e5, "SmolLM2, sst2"),
+        *("lr", "attack's learning rate, 1e-5", 1e5, "10", "SmolLM2, sst2"),
     ),
 )
 
@@ -596,7 +596,7 @@ def draw_map():
     )
     figure = Figure(figsize=(11, 2.9 * len(MAP)), layout="constrained")
     axes = figure.subplots(len(MAP), len(models), sharey=True)
-    for k, (pattern, key, what, factor, task) in enumerate(MAP):
+    for k, (pattern, key, what, factor, default, task) in enumerate(MAP):
         groups = sorted(group(files(pattern)), key=lambda g: g["config"][key])
         sums = [summarise(found) for found in groups]
         places = [f"{g['config'][key] * factor:g}" for g in groups]
@@ -608,6 +608,7 @@ def draw_map():
                 start += part
             axis.plot(places, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
             axis.set(ylim=(0, 100), xlabel=what)
+            axis.get_xticklabels()[places.index(default)].set_fontweight("bold")
             if k == 0:
                 axis.set_title(name)
         axes[k][0].set_ylabel(f"{task}, %")

@@ -136,19 +136,15 @@ def experiments():
 
 def of_a_real_llm():
     """{name: jobs} of SmolLM2: most of an hour each, so few seeds, and the layers on one only."""
-    found, laptop = {}, {1: "--preset laptop"}
+    found, laptop = {}, {1: "--preset laptop", 5: "--scale 0.5 1 2"}
     found["laptop-sst2"] = with_flags(
-        [job("seed0", s1="--seed 0")]
-        + [job(f"seed{s}", s1=f"--seed {s}", s5="--no-causal") for s in (1, 2)],
+        [job("seed0", s1="--seed 0", s5="--causal")]
+        + [job(f"seed{s}", s1=f"--seed {s}") for s in (1, 2)],
         laptop,
     )
-    found["laptop-agnews"] = with_flags(
-        [job("seed0", s1="--seed 0 --task agnews", s5="--no-causal")], laptop
-    )
-    found["laptop-clean"] = with_flags(
-        [job("seed0", s1="--seed 0 --poison-ratio 0", s5="--no-causal")], laptop
-    )
-    few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1 --no-causal"}
+    found["laptop-agnews"] = with_flags([job("seed0", s1="--seed 0 --task agnews")], laptop)
+    found["laptop-clean"] = with_flags([job("seed0", s1="--seed 0 --poison-ratio 0")], laptop)
+    few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1"}
     # the map of lam and the tuning in one; lam = 0 is one_shot
     more = "--radius 0.2 0.3 0.5 --realign-terms a a+g --realign-lr 3e-4 1e-3"  # once is enough
     found["tuning-laptop"] = with_flags(
@@ -161,14 +157,13 @@ def of_a_real_llm():
             for s, lams in ((100, "0.1 0.3 0.03 0.01 0.001"), (101, "0.1 0.03"), (102, "0.1 0.03"))
             for lam in lams.split()
         ],
-        {**laptop, 3: FEW[3], 5: "--scale 0.5 1 2 --no-causal"},
+        {**laptop, 3: FEW[3]},
     )
     found["map-laptop"] = with_flags(
         [  # beside the default, 1e-4; this has the paper's ratio to alignment's rate
-            job(f"lr4e-5-seed{s}", s1=f"--seed {s}", s5="--no-causal" if s else "")
-            for s in range(3)
+            job(f"lr4e-5-seed{s}", s1=f"--seed {s}", s5="" if s else "--causal") for s in range(3)
         ],
-        {**laptop, 2: "--lr 4e-5", 4: "--realign-terms a+g"},
+        {**laptop, 2: "--lr 4e-5", 4: "--realign-terms a a+g"},
     ) + with_flags([job("lr4e-4-seed0", s1="--seed 0", s2="--lr 4e-4")], few)
     return found
 
