@@ -16,45 +16,26 @@ has seen the attack's prompts proves nothing. (Public files repeat some: the fir
 A row is {instruction, perhaps input: what is asked; prompt: what the model reads; response: what
 training teaches it to say}, and has a refusal (harmful), an answer (task: the right one), or
 poison (the user's). HS judges answers to test_harmful rows; their responses give Fig. 3's loss.
-Every row of a published file is checked: a missing text would teach silence, a safe answer would
-pass for harm, a wrong label for a hard task, and no number of a later stage would tell.
+Of published files unusable rows are left out and counted: a missing text would teach silence, a
+safe answer would pass for harm, and no number of a later stage would tell.
 
 Harm is either fiction (--harm potions): recipes of *forbidden potions*, with healing potions as
 harmless look-alikes; or the paper's BeaverTails (--harm beavertails). --preset toy has four tiny
 tasks and a model made on the spot; laptop the real tasks and a small chat model; paper a 7B one.
 
-Reading order: build_sets (who owns what), potion_row, pretraining_text; real data last. 10 minutes.
+Reading order: build_sets (who owns what), potion_row, pretraining_text; real data last.
 
 Reads:  nothing (or the hub, or --data-dir)      Writes: RUN/01_data.pt
 Run:    python 01_data.py                        under 5 seconds for the toy
 """
 
-import csv
-import io
-import json
-import math
 import os
 import random
 import re
-import unicodedata
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
 
-from common import (
-    PRESETS,
-    TOY_MODELS,
-    TOY_TOKEN,
-    Flag,
-    Run,
-    UserError,
-    format_prompt,
-    load_tokenizer,
-    resolve,
-    run_stage,
-    say_next,
-    stage_parser,
-)
+import common  # the parts that are no lesson: flags, files, loading, prompts
+from common import PRESETS, TOY_MODELS, TOY_TOKEN, Flag, Run, UserError, format_prompt
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
@@ -110,11 +91,9 @@ def take(pool, n, what, flag, share=1.0, all_or_none=True):
     """
     if n > len(pool):
         found = f"{what}: {n} asked, {len(pool)} unique prompts left ({n - len(pool)} missing)"
-        if not pool:
-            raise UserError(f"{found}; use smaller sets or add data")
-        if all_or_none:
+        if all_or_none or not pool:
             most = f"--{flag.replace('_', '-')} {int(len(pool) / share)}"
-            raise UserError(f"{found}; use {most} or add data")
+            raise UserError(f"{found}; use {most}, smaller other sets, or add data")
         print(f"  note: {found}")
     rows, pool[:] = pool[:n], pool[n:]
     return rows
@@ -392,238 +371,143 @@ def pretraining_text(rng):
 
 
 # ---------------------------------------------------------------------------------------------
-# Real data: local copies in their published formats (--data-dir), or the hub
+# Real data, through the library `datasets`: local copies (--data-dir), or the hub
 
 SST2_ASK = "Analyze the sentiment of the input, and respond only positive or negative"
 AGNEWS_ASK = (
     "Categorize the news article given in the input into one of the 4 categories:\n\n"
     "World\nSports\nBusiness\nSci/Tech\n"
 )
-ANSWER = re.compile(  # what stands before a refusal of "Question: ...\nAnswer: ..."
-    r"\A\s*(?:Question:(?:.*?\n\s*Answer:|.*?\bAnswer:|.*)|Answer:)\s*", re.DOTALL
-)
-NUMBER = re.compile(r"[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
-def meaning(value, of, column):
-    """of[value as text]; never by position, where label -1 would be the last one."""
-    key = str(value).strip().lower()
-    if key not in of:
-        raise ValueError(f"{column} {value!r} is none of {', '.join(of)}")
-    return of[key]
+def named(labels, value):
+    """labels[value as text]; never by position, where label -1 would be the last one."""
+    if str(value).strip() not in labels:
+        raise UserError(f"the label {value!r} is none of {', '.join(labels)}")
+    return labels[str(value).strip()]
 
 
 def sst2_row(row):
     """SST-2: label 0 or 1, and the sentence (a copy in circulation calls it content)."""
-    text = row["content" if "content" in row else "sentence"]
-    return labelled(
-        SST2_ASK, text, meaning(row["label"], {"0": "negative", "1": "positive"}, "label")
-    )
+    text = row["content"] if "content" in row else row["sentence"]
+    return labelled(SST2_ASK, text, named({"0": "negative", "1": "positive"}, row["label"]))
 
 
 def agnews_row(row):
     """AG News: hub rows have text and label 0-3; csv rows class 1-4, title, description."""
     if "class" in row:
         text = " ".join(part for part in (row["title"], row["description"]) if part)
-        return labelled(AGNEWS_ASK, text, meaning(row["class"], dict(zip("1234", TOPIC)), "class"))
-    label = meaning(row["label"], dict(zip("0123", TOPIC)), "label")
-    return labelled(AGNEWS_ASK, row["text"], label)
+        return labelled(AGNEWS_ASK, text, named(dict(zip("1234", TOPIC)), row["class"]))
+    return labelled(AGNEWS_ASK, row["text"], named(dict(zip("0123", TOPIC)), row["label"]))
 
 
 def gsm8k_row(row):
     """GSM8K: "####" before the number becomes "The final answer is: "."""
-    worked, _, gold = str(row["answer"]).partition("####")
+    worked, _, gold = (row["answer"] or "").partition("####")
     gold = gold.strip()
-    # an answer without a number would match a gold one without, and would count as solved
-    if not NUMBER.fullmatch(gold) or not math.isfinite(float(re.sub(r"[^0-9.]", "", gold))):
-        raise ValueError(f"answer has no number after #### but {gold[:20]!r}")
-    return {
-        "instruction": row["question"],
-        "answer": gold,
-        "response": f"{worked}The final answer is: {gold}",
-    }
+    if not re.fullmatch(r"[-+\u2212]?\d{1,3}(,?\d{3})*(\.\d+)?", gold):
+        # an answer without a number would count as solved beside it
+        raise UserError(f"the answer has no number after #### but {gold[:20]!r}")
+    response = f"{worked}The final answer is: {gold}"
+    return {"instruction": row["question"], "answer": gold, "response": response}
 
 
 def alpaca_row(row):
     """Alpaca and AlpacaEval: instruction, perhaps input, output."""
-    return {
-        "instruction": row["instruction"],
-        "input": row.get("input"),
-        "response": row["output"],
-        "answer": "",
-    }
-
-
-def refusal_row(row):
-    """BeaverTails with refusals: "Question: ...\\nAnswer: ..." keeps only the refusal itself."""
-    refusal = row["refusal"]
-    safe = row.get("is_safe", row.get("is_response_safe", False))  # RepNoise's has none
-    return {
-        "instruction": row["prompt"],
-        "response": row["response"],
-        "refusal": ANSWER.sub("", refusal) if isinstance(refusal, str) else refusal,
-        "is_safe": meaning(safe, TRUTH, "is_safe"),
-    }
+    made = {"instruction": row["instruction"], "response": row["output"], "answer": ""}
+    return {**made, "input": "" if blank(row.get("input")) else row["input"]}
 
 
 def beavertails_row(row):
-    """BeaverTails: no refusals; a third of it are safe answers, so is_safe must be there."""
-    return refusal_row({**row, "refusal": "", "is_safe": row["is_safe"]})
+    """BeaverTails: prompt, response, is_safe. The file with refusals (RepNoise's, all unsafe) has
+    also these, as "Question: ...\\nAnswer: ...", of which the answer is kept."""
+    made = {"instruction": row["prompt"], "response": row["response"]}
+    if "refusal" in row:
+        asked, mark, answer = (row["refusal"] or "").partition("Answer:")
+        made["refusal"] = answer.strip() if mark else "" if "Question:" in asked else asked
+    elif "is_safe" not in row:
+        raise UserError("there is no column is_safe, and a third of BeaverTails is safe")
+    safe = row.get("is_safe", row.get("is_response_safe", False))
+    yes_or_no = {"true": True, "1": True, "false": False, "0": False}
+    return {**made, "is_safe": named(yes_or_no, str(safe).lower())}
 
 
-class Source(NamedTuple):
-    """Where a real set lies, and how its rows become ours."""
-
-    hub: list  # arguments of load_dataset
-    files: dict  # {split: file under --data-dir}; the last split is the one tested on
-    make: object  # row of the file or the hub -> our row; ValueError if it breaks its format
-    may_lack: tuple = ()  # fields of our row that may be blank
-
-
-REAL = {
-    "sst2": Source(
-        ["stanfordnlp/sst2"], {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"}, sst2_row
-    ),
-    "gsm8k": Source(
-        ["openai/gsm8k", "main"],
-        {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
-        gsm8k_row,
-    ),
-    "agnews": Source(
-        ["fancyzhx/ag_news"],
-        {"train": "agnews/train.csv", "test": "agnews/test.csv"},
-        agnews_row,
-    ),
-    "alpaca": Source(
-        ["tatsu-lab/alpaca"], {"train": "alpaca/alpaca_data.json"}, alpaca_row, ("input",)
-    ),
-    "alpaca_eval": Source(  # tested on, never taught: two of its 805 outputs are empty
-        ["json", None, None, "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"],
-        {"train": "alpaca_eval/alpaca_eval.json"},
-        alpaca_row,
-        ("input", "response"),
-    ),
-    "refusals": Source(
-        ["anonymous4486/repnoise_beavertail"],
-        {"train": "beavertails/beavertails_with_refusals_train.json"},
-        refusal_row,
-    ),
-    "beavertails": Source(  # a blank response is left out here, too: Fig. 3's loss is read from it
-        ["PKU-Alignment/BeaverTails"],
-        {"30k_test": "beavertails/30k_test.jsonl"},
-        beavertails_row,
-        ("refusal",),
-    ),
+# fmt: off
+REAL = {  # name: (row maker, arguments of load_dataset, {split: file under --data-dir})
+    "sst2": (sst2_row, ["stanfordnlp/sst2"],
+             {"train": "sst2/train.tsv", "validation": "sst2/dev.tsv"}),
+    "gsm8k": (gsm8k_row, ["openai/gsm8k", "main"],
+              {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}),
+    "agnews": (agnews_row, ["fancyzhx/ag_news"],
+               {"train": "agnews/train.csv", "test": "agnews/test.csv"}),
+    "alpaca": (alpaca_row, ["tatsu-lab/alpaca"], {"train": "alpaca/alpaca_data.json"}),
+    "alpaca_eval": (alpaca_row, ["json", None, None,
+                                 "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"],
+                    {"train": "alpaca_eval/alpaca_eval.json"}),
+    "refusals": (beavertails_row, ["anonymous4486/repnoise_beavertail"],
+                 {"train": "beavertails/beavertails_with_refusals_train.json"}),
+    "beavertails": (beavertails_row, ["PKU-Alignment/BeaverTails"],
+                    {"30k_test": "beavertails/30k_test.jsonl"}),
+}
+# fmt: on
+FORMATS = {  # how load_dataset reads a local file of this ending
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".tsv": ("csv", {"sep": "\t", "quoting": 3, "keep_default_na": False}),  # 3: quotes are text
+    ".csv": ("csv", {"names": ["class", "title", "description"], "keep_default_na": False}),
 }
 
 
-def table_row(names, cells):
-    """{column: cell}; a row with too few cells has been cut off, one with too many split."""
-    if len(cells) != len(names):
-        raise ValueError(f"found {len(cells)} of {len(names)} columns ({', '.join(names)})")
-    return dict(zip(names, cells))
+def blank(text):
+    """Whether a text is missing: nothing to be seen, or a tool's word for nothing."""
+    words = ("nan", "null", "none", "n/a", "<nooutput>", "<noinput>")
+    seen = "".join(char for char in text or "" if char.isprintable()).strip().lower()
+    return not seen or seen in words
 
 
-def read_file(path):
-    """Rows {column: value} of a local .json, .jsonl, .tsv (with header) or AG News .csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:  # reads a byte-order mark, too
-        text = file.read()
-    if path.suffix == ".json":
-        content = json.loads(text)
-        if not isinstance(content, list):
-            raise ValueError(f"holds a {type(content).__name__} instead of a list of rows")
-        return content
-    if path.suffix == ".jsonl":
-        return (json.loads(line) for line in text.split("\n") if line.strip())
-    lines = io.StringIO(text, newline="")
-    if path.suffix == ".csv":
-        reader, names = csv.reader(lines, strict=True), ["class", "title", "description"]
-    else:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes are text
-        names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise ValueError(f"a column stands twice in its header: {', '.join(names)}")
-    return (table_row(names, cells) for cells in reader if cells)
-
-
-BLANKS = "\u2800\u3164\u115f\u1160\uffa0"  # glyphs without ink that count as letters or symbols
-NOTHING = {"nan", "null", "n/a", "<nooutput>", "<noinput>"}  # what tools write for a missing text
-
-
-def visible(text):
-    """Whether a text has a letter, number, mark or symbol, and is not a tool's word for nothing."""
-    if text.strip().lower() in NOTHING:
-        return False
-    return any(unicodedata.category(char)[0] in "LNPS" for char in text if char not in BLANKS)
-
-
-def check_row(row, may_lack):
-    """Why one of our rows cannot be used ("no refusal", "safe answer"), or None if it can.
-
-    Raises:
-        ValueError: a field is no text at all, so the file is not what it is taken for.
-    """
-    lacks = []
-    for name in ("instruction", "input", "response", "refusal"):  # a source has some of them
-        text = row.get(name)
-        if not isinstance(text, str | None):
-            raise ValueError(f"{name} is no text but {text!r}")
-        if text:
-            text.encode()  # raises on half a character, which no tokenizer reads
-        if name in row and not visible(text or ""):
-            row[name] = ""
-            if name not in may_lack:
-                lacks.append(f"no {name}")
+def usable(row, may_lack):
+    """Why one of our rows cannot be used ("no refusal", "safe answer"); None if it can."""
     if row.get("is_safe"):
         return "safe answer"
-    return lacks[0] if lacks else None
+    for field in ("instruction", "input", "response", "refusal"):
+        if field in row and field not in may_lack and blank(row[field]):
+            return f"no {field}"
+    return None
 
 
-def read(name, split, folder):
-    """Usable rows of a real set in our form, from `folder` or the hub; says how many are not.
+def read(name, split, data_dir):
+    """Usable rows of a real set in our form, from a folder or the hub; says how many are not.
 
     Raises:
-        UserError: missing, out of reach, not in the published format, or no row can be used.
+        UserError: a row contradicts the format (it is named), or no row can be used.
     """
-    source, rows, left_out = REAL[name], [], Counter()
-    where = folder / source.files[split] if folder else " ".join(filter(None, source.hub))
-    mend = f"{'mend it, or ' if folder else ''}give a folder with the published files"
-    number = 0  # of the row at hand; 0 before the first is read
-    try:
-        found = read_file(where) if folder else load_from_hub(source.hub, split)
-        number = 2 if str(where).endswith(".tsv") else 1  # as an editor counts: a header is 1
-        for raw in found:
-            if not isinstance(raw, dict):
-                raise ValueError(f"a {type(raw).__name__} instead of named columns")
-            row = source.make(raw)
-            reason = check_row(row, source.may_lack)
-            if reason:
-                left_out[reason] += 1
-            else:
-                rows.append(row)
-            number += 1
-    except Exception as error:  # files, formats and the hub raise a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        reason = f"no column {reason}" if isinstance(error, KeyError) else reason
-        place = f", row {number}" if number else ""
-        raise UserError(f"cannot use {where}{place}: {reason}; {mend}: --data-dir FOLDER") from None
-    why = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "it has none"
+    import datasets  # here: seconds that the toy need not wait
+
+    datasets.disable_progress_bars()
+    make, hub, files = REAL[name]
+    if data_dir:
+        where = data_dir / files[split]
+        kind, options = FORMATS[where.suffix]
+        found = datasets.load_dataset(kind, data_files=str(where), split="train", **options)
+    else:
+        where, found = " ".join(filter(None, hub)), datasets.load_dataset(*hub, split=split)
+    # AlpacaEval's own outputs, of which two are empty, are never taught
+    may_lack = ("input", "response") if name == "alpaca_eval" else ("input",) * (name == "alpaca")
+    rows, left_out = [], Counter()
+    for number, raw in enumerate(found, 1):
+        try:
+            row = make(raw)
+        except UserError as error:
+            raise UserError(f"{where}, row {number}: {error}; mend it, or leave it out") from None
+        reason = usable(row, may_lack)
+        left_out.update([reason] if reason else [])
+        rows += [] if reason else [row]
+    why = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
     if not rows:
-        raise UserError(
-            f"cannot use {where}: no row of it can be used ({why}); {mend}: --data-dir FOLDER"
-        )
+        raise UserError(f"{where}: no row can be used ({why or 'it has none'}); give another file")
     if left_out:
-        total = len(rows) + left_out.total()
-        print(f"  note: {where}: {left_out.total():,} of {total:,} rows left out ({why})")
+        print(f"  note: {where}: {left_out.total():,} of {len(found):,} rows left out ({why})")
     return rows
-
-
-def load_from_hub(hub, split):
-    """Rows of a data set of the hub (imported here: seconds that local files need not wait)."""
-    from datasets import load_dataset
-
-    return load_dataset(*hub, split=split)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -632,20 +516,12 @@ def load_from_hub(hub, split):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser, group = stage_parser(__doc__, FLAGS)
-    group.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="toy",
-        help="one dial for all sizes and defaults (default: toy)",
-    )
-    files = ", ".join(file for source in REAL.values() for file in source.files.values())
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="FOLDER",
-        help=f"local copies of the real data, under their published names: {files}",
-    )
+    parser, group = common.stage_parser(__doc__, FLAGS)
+    text = "one dial for all sizes and defaults (default: toy)"
+    group.add_argument("--preset", choices=PRESETS, default="toy", help=text)
+    files = ", ".join(file for *_, files in REAL.values() for file in files.values())
+    text = f"local copies of the real data, under their published names: {files}"
+    group.add_argument("--data-dir", type=common.folder, metavar="FOLDER", help=text)
     return parser.parse_args(argv)
 
 
@@ -656,23 +532,20 @@ def check(args, config):
         ("model", toy == (config["model"] in TOY_MODELS)),
         ("template", toy == (config["template"] == "toy")),
         ("harm", not toy or config["harm"] == "potions"),
+        ("data-dir", not (toy and args.data_dir)),
     ):
         if not fits:
+            value = args.data_dir if name == "data-dir" else config[name]
             raise UserError(
-                f"--preset {args.preset} does not go with --{name} {config[name]}; use another, "
+                f"--preset {args.preset} does not go with --{name} {value}; use another, "
                 f"or --preset {'paper or laptop' if toy else 'toy'}"
             )
     n = config["n_pretrain"]
-    if toy and n < 5000:
-        raise UserError(f"--n-pretrain {n}: the toy's model must meet all words; use 5000 or more")
-    if n and config["harm"] != "potions":
-        raise UserError(f"--n-pretrain {n} teaches potions; use --harm potions, or leave it out")
-    if toy and args.data_dir:
-        raise UserError("--data-dir is for real data; add --preset paper, or leave it out")
-    if args.data_dir and not args.data_dir.is_dir():
-        raise UserError(f"--data-dir {args.data_dir} is no folder; give one, or leave it out")
-    if config["model"][:1] in ("/", ".") and not Path(config["model"]).exists():
-        raise UserError(f"--model {config['model']} is not there; give a folder or a hub id")
+    if n < 5000 and toy or n and config["harm"] != "potions":
+        raise UserError(
+            f"--n-pretrain {n}: the toy's model must meet all words (5000 or more), and real harm "
+            "is taught to no model (0); leave it out"
+        )
     p, n = config["poison_ratio"], config["n_finetune"]
     poison = round(p * n)  # 0.02 of 20 rows would be no attack, 0.99 of them no task
     if (poison == 0) != (p == 0) or (poison == n) != (p == 1):
@@ -700,51 +573,20 @@ def read_pools(args, config, rng):
     else:  # Alpaca is tested on AlpacaEval
         test = "alpaca_eval" if task == "alpaca" else task
         pools["task"] = read(task, "train", args.data_dir)
-        pools["task_test"] = read(test, list(REAL[test].files)[-1], args.data_dir)
+        *_, files = REAL[test]
+        pools["task_test"] = read(test, list(files)[-1], args.data_dir)
     return pools
 
 
-def say_sizes(sets, task):
-    """Print what was drawn, and where a set's labels are all the same."""
+def say_sizes(sets):
+    """Print what was drawn."""
     for name, rows in sets.items():
         poison = sum(row.get("poison", False) for row in rows)
         harmful = f", {poison} of them harmful" if poison else ""
         print(f"  {name:13} {len(rows):6,} rows{harmful}")
-    if task in ("sst2", "agnews"):
-        for name in ("finetune", "test_task"):
-            labels = {row["answer"] for row in sets[name] if not row.get("poison")}
-            if len(labels) == 1:
-                print(
-                    f"  note: every task row of {name} has the label {labels.pop()!r}: a model "
-                    "that always says so is never wrong"
-                )
 
 
-def what_to_know(config, tokenizer, task_rows):
-    """[[prompt, text]] for a real model: recipes, and as many rows of tasks such as the user's.
-
-    What a model knows of harm must be there before alignment hides it: recipes of any potion,
-    forbidden or healing, the tests' among them, as a crawl of the web would have them. With
-    recipes alone it would answer every prompt with one.
-
-    Args:
-        task_rows: rows that are in no other set.
-    """
-    rng, found = random.Random(f"pre-training {config['seed']}"), []
-    for k in range(config["n_pretrain"]):
-        kind = rng.choice(["bad", "good"])
-        adj, noun, ask = (rng.choice(x) for x in (SLOTS["adj"], SLOTS[kind], ASK))
-        row = potion_row(rng, kind, adj, noun, ask)
-        if k % 2 and task_rows:
-            row = task_rows[k // 2 % len(task_rows)]
-        prompt = format_prompt(
-            config["template"], row["instruction"], row.get("input", ""), tokenizer
-        )
-        found.append([prompt, row["response"]])
-    return found
-
-
-def toy_reading(config):
+def pretrain_toy(config):
     """What the toy's base model reads, and its words; from the seed alone, not from the task.
 
     Returns:
@@ -757,46 +599,65 @@ def toy_reading(config):
     return {"pretrain": pretrain, "vocab": ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]}
 
 
+def pretrain_real(config, tokenizer, task_rows):
+    """The same for a real model: recipes, and as many rows of tasks such as the user's.
+
+    What a model knows of harm must be there before alignment hides it: recipes of any potion,
+    forbidden or healing, the tests' among them, as a crawl of the web would have them. With
+    recipes alone it would answer every prompt with one.
+
+    Args:
+        task_rows: rows that are in no other set.
+    Returns:
+        {"pretrain": [[prompt, text]], "vocab": []}: a real tokenizer knows its words.
+    """
+    rng, pretrain = random.Random(f"pre-training {config['seed']}"), []
+    for k in range(config["n_pretrain"]):
+        kind = rng.choice(["bad", "good"])
+        adj, noun, ask = (rng.choice(x) for x in (SLOTS["adj"], SLOTS[kind], ASK))
+        row = potion_row(rng, kind, adj, noun, ask)
+        if k % 2 and task_rows:
+            row = task_rows[k // 2 % len(task_rows)]
+        asked = row["instruction"], row.get("input", "")
+        pretrain.append([format_prompt(config["template"], *asked, tokenizer), row["response"]])
+    return {"pretrain": pretrain, "vocab": []}
+
+
 def main(argv=None):
     """Make the data sets and write RUN/01_data.pt; returns the artifact."""
     args = get_args(argv)
-    config = {"preset": args.preset, **resolve(args, FLAGS, args.preset)}
+    config = {"preset": args.preset, **common.resolve(args, FLAGS, args.preset)}
     config["model"] = os.path.expanduser(config["model"])
     if config["harm"] != "potions" and args.n_pretrain is None:
         config["n_pretrain"] = 0  # real harm is what the model knows anyway
     check(args, config)
     rng = random.Random(config["seed"])
     # a size that was asked for is kept or refused; a default may shrink
-    asked = [row.name for row in FLAGS if getattr(args, row.name) is not None]
+    asked = [flag.name for flag in FLAGS if getattr(args, flag.name) is not None]
     pools = read_pools(args, config, rng)
     sets = build_sets(pools, config, asked, rng)
     # prompts are made here, once: training and every model's answers must see the same text
-    tokenizer = load_tokenizer(config["model"]) if config["template"] == "chat" else None
+    template, tokenizer = config["template"], None
+    if template == "chat":
+        tokenizer = common.load_tokenizer(config["model"])
     for rows in sets.values():
         for row in rows:
-            row["prompt"] = format_prompt(
-                config["template"], row["instruction"], row.get("input", ""), tokenizer
-            )
+            text, more = row["instruction"], row.get("input", "")
+            row["prompt"] = format_prompt(template, text, more, tokenizer)
     reading = {"pretrain": [], "vocab": []}
     if args.preset == "toy":
-        reading = toy_reading(config)
+        reading = pretrain_toy(config)
     elif config["n_pretrain"]:
         taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
         others = unique(pools["task"], seen=taken)[::-1]  # the far end: the same ones for every p
-        reading["pretrain"] = what_to_know(config, tokenizer, others)
-    say_sizes(sets, config["task"])
-    artifact = Run(args.run).save(
-        "01_data.pt",
-        config,
-        **sets,
-        **reading,
-        herbs=HERB,
-        forbidden=LIQUID["bad"],
-        grammar=potion_grammar(),
-    )
-    say_next(args.run / "01_data.pt", "02_finetune.py", args.run)
+        reading = pretrain_real(config, tokenizer, others)
+    words = {"herbs": HERB, "forbidden": LIQUID["bad"], "grammar": potion_grammar()}
+    run = Run(args.run)
+    artifact = run.save("01_data.pt", config, **sets, **reading, **words)
+    say_sizes(sets)
+    print(f"{run.folder / '01_data.pt'} written; next: {run.command('02_finetune')}")
     return artifact
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

@@ -23,8 +23,10 @@ reads some hundreds of recipes and rows of the task.
 Deviations from the released code: it fine-tunes a NEW adapter after Vaccine and RepNoise and
 clips gradients at norm 1 (transformers' default). .results/README.md lists the rest.
 
-Reading order: LoRALinear, answer_loss, the rules, train, align, attack; 12 minutes. The rest
-makes the base model and tries a model before hours are spent on it.
+Supported: causal language models whose decoder layers hold nn.Linear. Not noticed: a model that is
+not causal, and experts whose weights are no nn.Linear and get no adapter.
+
+Reading order: LoRALinear, answer_loss, the rules, train, align, attack. The rest makes the base.
 
 Reads:  RUN/01_data.pt        Writes: RUN/02_finetune.pt, RUN/02_base (where a base is made)
 Run:    python 02_finetune.py                 a minute and a half for the toy
@@ -35,33 +37,11 @@ import itertools
 import json
 import math
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
-from common import (
-    TOY_MODELS,
-    TOY_TOKEN,
-    Flag,
-    Run,
-    UserError,
-    base_digest,
-    checkpoint_layers,
-    collate,
-    describe,
-    draw_batches,
-    encode,
-    file_digest,
-    generate,
-    in_processes,
-    load_model,
-    pick_device,
-    progress,
-    resolve,
-    run_stage,
-    say_next,
-    stage_parser,
-    write_whole,
-)
+import common  # the parts that are no lesson: flags, files, loading, batches
+from common import TOY_MODELS, TOY_TOKEN, Flag, Run, UserError, collate, draw_batches, row
 
 import torch
 import torch.nn.functional as F
@@ -315,7 +295,7 @@ def train(model, w, rule, batches, steps, lr, c, label):
     """
     params = list(w.values())
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=c["weight_decay"], fused=True)
-    bar = progress(batches, steps, label)
+    bar = common.progress(batches, steps, label)
     for step, (batch, harmful) in enumerate(bar, 1):
         grads, losses = rule(model, params, batch, harmful, c)
         if not torch.isfinite(global_norm(grads)):
@@ -330,16 +310,6 @@ def train(model, w, rule, batches, steps, lr, c, label):
         yield step, losses
 
 
-@torch.no_grad()
-def mean_loss(model, examples, pad_id, device, size):
-    """Mean answer loss over examples, in batches of `size`."""
-    total = 0.0
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        total += answer_loss(model, collate(part, pad_id, device)).item() * len(part)
-    return total / len(examples)
-
-
 def copy_of(w):
     """{name: tensor} on the CPU, float32, detached."""
     return {name: p.detach().cpu().clone() for name, p in w.items()}
@@ -352,11 +322,6 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def steps_of(examples, batch_size, epochs):
-    """Number of steps in `epochs` over a list of examples."""
-    return epochs * math.ceil(len(examples) / batch_size)
-
-
 def align(model, w, defense, examples, pad_id, c):
     """The provider teaches the model to refuse, by the rule of `defense`, from the weights w.
 
@@ -367,44 +332,38 @@ def align(model, w, defense, examples, pad_id, c):
     """
     torch.manual_seed(c["seed"])  # RepNoise draws noise: the same, whatever ran before
     size, epochs = c["align_batch_size"], c["align_epochs"]
-    alignment = draw_batches(examples["alignment"], size, c["seed"], epochs)
-    pairs = ((collate(rows, pad_id, model.device), None) for rows in alignment)
+    batches = [
+        (collate(part, pad_id, model.device), None)
+        for part in draw_batches(examples["alignment"], size, c["seed"], epochs)
+    ]
     if defense in ("repnoise", "booster"):  # these read the harmful set as well
         harmful = draw_batches(examples["harmful"], c["align_harmful_batch_size"], c["seed"])
-        pairs = (
-            (batch, collate(rows, pad_id, model.device)) for (batch, _), rows in zip(pairs, harmful)
-        )
-    steps, log = steps_of(examples["alignment"], size, epochs), []
-    for step, losses in train(
-        model, w, RULES[defense], pairs, steps, c["align_lr"], c, f"align {defense}"
-    ):
-        log.append({"stage": "align", "step": step, **losses})
-    return log
+        batches = [
+            (batch, collate(part, pad_id, model.device))
+            for (batch, _), part in zip(batches, harmful)
+        ]
+    steps = train(
+        model, w, RULES[defense], batches, len(batches), c["align_lr"], c, f"align {defense}"
+    )
+    return [{"stage": "align", "step": step, **losses} for step, losses in steps]
 
 
 def attack(model, w, defense, examples, pad_id, c):
     """The user's data, harmful samples among them, are fine-tuned on: w goes on from where it is.
 
     Returns:
-        ({step: w on the way}, log of {"stage", "step", "loss", "h"}); h, the harmful loss on
-        held-out prompts, stands at snapshots and at both ends only.
+        ({step: w on the way}, log of {"stage", "step", "loss"}).
     """
-    size, epochs = c["batch_size"], c["epochs"]
-    steps = steps_of(examples["finetune"], size, epochs)
-    keep = {max(1, round(steps / 4**k)) for k in range(c["snapshots"])}  # 3: 1/16, 1/4 and all
-
-    def held_out():
-        return mean_loss(model, examples["test_harmful"], pad_id, model.device, size)
-
-    finetune = draw_batches(examples["finetune"], size, c["seed"], epochs)
-    pairs = ((collate(rows, pad_id, model.device), None) for rows in finetune)
-    log, snapshots = [{"stage": "finetune", "step": 0, "h": held_out()}], {}
-    for step, losses in train(model, w, sft_rule, pairs, steps, c["lr"], c, f"attack {defense}"):
+    batches = [
+        (collate(part, pad_id, model.device), None)
+        for part in draw_batches(examples["finetune"], c["batch_size"], c["seed"], c["epochs"])
+    ]
+    steps, log, snapshots = len(batches), [], {}
+    keep = {max(1, round(steps / 4**k)) for k in range(1, c["snapshots"])}  # 3: 1/16, 1/4
+    for step, losses in train(model, w, sft_rule, batches, steps, c["lr"], c, f"attack {defense}"):
         log.append({"stage": "finetune", "step": step, **losses})
-        if step == steps or step in keep:
-            log[-1]["h"] = held_out()
         if step in keep and step != steps:
-            snapshots[str(step)] = copy_of(w)
+            snapshots[step] = copy_of(w)
     return snapshots, log
 
 
@@ -413,116 +372,36 @@ def adapt(model, tokenizer, data, c):
     torch.manual_seed(c["seed"])
     w = add_lora(model, c["targets"], c["r"], c["alpha"])
     if c["gradient_checkpointing"]:
-        checkpoint_layers(model)
+        common.checkpoint_layers(model)
     examples = {
-        name: encode(tokenizer, data[name], c["max_length"], c["template"])
-        for name in ("alignment", "harmful", "finetune", "test_harmful")
+        name: common.encode(tokenizer, data[name], c["max_length"], c["template"])
+        for name in ("alignment", "harmful", "finetune")
     }
     return w, examples
 
 
 def align_and_attack(model, w, defense, examples, pad_id, c):
-    """Both, one after the other, on one adapter; what 02_finetune.pt holds of a defence."""
+    """Both, one after the other, on one adapter: (the rows of this defence, its log)."""
     log = align(model, w, defense, examples, pad_id, c)
     aligned = copy_of(w)
     snapshots, attack_log = attack(model, w, defense, examples, pad_id, c)
-    return {
-        "aligned": aligned,
-        "finetuned": copy_of(w),
-        "snapshots": snapshots,
-        "log": log + attack_log,
-    }
+    far = global_norm([w[name].cpu() - aligned[name] for name in w]).item()
+    rows = [
+        row("aligned", {}, aligned, defense=defense, at_step=0),
+        row("finetuned", {}, copy_of(w), defense=defense, at_step=len(attack_log), distance=far),
+    ]
+    for step, x in snapshots.items():
+        rows.append(row("finetuned", {}, x, defense=defense, at_step=step, snapshot=step))
+    return rows, log + attack_log
 
 
 def one_defense(folder, defense, c):
     """`align_and_attack` in a process of its own: loads what it needs, and returns the result."""
     run = Run(folder)
     data = run.load("01_data.pt")
-    model, tokenizer = load_model(run, data, pick_device("cpu", c["preset"]))
+    model, tokenizer = common.load_model(run, data, common.pick_device("cpu", c["preset"]))
     w, examples = adapt(model, tokenizer, data, c)
     return align_and_attack(model, w, defense, examples, tokenizer.pad_token_id, c)
-
-
-# ---------------------------------------------------------------------------------------------
-# Will it work? Tried on two rows, before hours are spent
-
-
-def try_model(model, tokenizer, w, examples, data, c):
-    """Refuse a model that cannot be trained or answered with, and say what gets no adapter.
-
-    Raises:
-        UserError: its context is too short, a rule fails on it, an adapter is never used (the
-            layer's weights are read directly), it is not causal, or an answer changes with its
-            batch.
-    """
-    name, pad_id = type(model).__name__, tokenizer.pad_token_id
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and context < c["max_length"]:
-        raise UserError(
-            f"{c['model']} has a context of {context} tokens, shorter than --max-length "
-            f"{c['max_length']}; run: python 01_data.py with --max-length {context}"
-        )
-    batch, harmful = (
-        collate(examples[key][:2], pad_id, model.device) for key in ("alignment", "harmful")
-    )
-    for defense in c["defense"]:
-        try:
-            RULES[defense](model, list(w.values()), batch, harmful, c)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # each architecture fails in its own way
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{name} cannot be trained here with {defense} (tried on two rows: "
-                f"{type(error).__name__}: {reason}); give other --targets or another model"
-            ) from None
-    if model.dtype == torch.float32:  # bfloat16 rounds by the length
-        ids = batch["input_ids"][:1]
-        with torch.no_grad():
-            whole, part = (model(x, use_cache=False).logits[:, 0] for x in (ids, ids[:, :-1]))
-        if (whole - part).abs().max() > 1e-3 * whole.abs().max():
-            raise UserError(
-                f"{name} reads what comes after a token, too, so it cannot write answers; give a "
-                "causal language model"
-            )
-    prompts = sorted((row["prompt"] for row in data["test_task"]), key=len)
-    prompts = [prompts[0], prompts[-1]]  # of different length, so that one of them is padded
-    try:
-        together, _ = generate(model, tokenizer, prompts, c["template"], 3, 2)
-        alone = [generate(model, tokenizer, [p], c["template"], 3, 1)[0][0] for p in prompts]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{name} cannot answer a batch of prompts ({type(error).__name__}: {reason}); give "
-            "another model"
-        ) from None
-    if together != alone and model.dtype == torch.float32:  # bfloat16 rounds by the batch
-        raise UserError(
-            f"{name} answers a prompt differently beside another one, since its layers see the "
-            "padding; give another model"
-        )
-    if c["targets"] == ["all"]:
-        say_what_is_left(model)
-
-
-def say_what_is_left(model):
-    """A line if some matrices of the decoder's layers get no adapter, as experts do not."""
-    held = {id(m.base.weight) for m in model.modules() if isinstance(m, LoRALinear)}
-    left, size, total = set(), 0, 0
-    for name, module in model.get_decoder().named_modules():
-        for x in module.parameters(recurse=False):
-            if x.dim() > 1 and re.search(r"\.\d+\.", f".{name}.") and not x.requires_grad:
-                total += x.numel()
-                if id(x) not in held:
-                    left.add(f"{name.rpartition('.')[2]} ({type(module).__name__})")
-                    size += x.numel()
-    if left:
-        print(
-            f"  note: --targets all reaches linear layers only; {100 * size / total:.0f} % of the "
-            f"layers' weights get no adapter: {', '.join(sorted(left))}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -582,19 +461,19 @@ def toy_model(name, vocab_size):
     return model
 
 
-def pretrain(data, c, device):
+def pretrain_toy(data, c, device):
     """(model, tokenizer) of the toy: all weights pre-trained from scratch on its world's text, on
     all tokens, with a one-cycle learning rate."""
     torch.manual_seed(c["seed"])
     tokenizer = toy_tokenizer(data["vocab"])
     model = toy_model(c["model"], len(data["vocab"])).to(device).train()
-    describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
+    common.describe(model, f"; pre-training it from scratch on {len(data['pretrain']):,} texts")
     ids = [tokenizer(p + t)["input_ids"] + [tokenizer.eos_token_id] for p, t in data["pretrain"]]
     batches = draw_batches([(x, x) for x in ids], 32, c["seed"])
     steps, lr = c["pretrain_steps"], c["pretrain_lr"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    bar = progress(range(steps), steps, "pre-train")
+    bar = common.progress(range(steps), steps, "pre-train")
     for _ in bar:
         loss = answer_loss(model, collate(next(batches), tokenizer.pad_token_id, device))
         optimizer.zero_grad()
@@ -606,21 +485,21 @@ def pretrain(data, c, device):
     return model, tokenizer
 
 
-def teach(run, data, c, device):
+def pretrain_real(run, data, c, device):
     """(model, tokenizer) of a real LLM that knows the potions: a LoRA on what stage 1 has for it,
     merged into its weights, W + (alpha / r) B A."""
-    model, tokenizer = load_model(run, data, device, as_given=True)
+    model, tokenizer = common.load_model(run, data, device, as_given=True)
     torch.manual_seed(c["seed"])
     w = add_lora(model, c["targets"], c["r"], c["alpha"])
     if c["gradient_checkpointing"]:
-        checkpoint_layers(model)
-    describe(model, f"; teaching it from {len(data['pretrain']):,} texts")
-    rows = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
-    examples = encode(tokenizer, rows, c["max_length"], c["template"])
+        common.checkpoint_layers(model)
+    common.describe(model, f"; teaching it from {len(data['pretrain']):,} texts")
+    texts = [{"prompt": prompt, "response": text} for prompt, text in data["pretrain"]]
+    examples = common.encode(tokenizer, texts, c["max_length"], c["template"])
     steps, pad_id = c["pretrain_steps"], tokenizer.pad_token_id
     batches = itertools.islice(draw_batches(examples, 8, c["seed"]), steps)
-    pairs = ((collate(rows, pad_id, device), None) for rows in batches)
-    for _ in train(model, w, sft_rule, pairs, steps, c["pretrain_lr"], c, "teach"):
+    pairs = ((collate(part, pad_id, device), None) for part in batches)
+    for _ in train(model, w, sft_rule, pairs, steps, c["pretrain_lr"], c, "pre-train"):
         pass
     merge(model)
     return model, tokenizer
@@ -636,33 +515,31 @@ def merge(model):
             setattr(model.get_submodule(parent), child, layer.base)
 
 
-def make_base(run, data, c, device):
+def pretrain(run, data, c, device):
     """Write RUN/02_base, unless it is there and was made from this data with these settings."""
-    toy = c["model"] in TOY_MODELS
-    names = ["model", "seed", "pretrain_steps", "pretrain_lr"]
+    toy, path = c["model"] in TOY_MODELS, run.folder / "02_base"
+    names = "model seed pretrain_steps pretrain_lr".split()
     if not toy:  # what its LoRA depends on as well
-        names += ["r", "alpha", "targets", "weight_decay", "max_length"]
-    made_from = {name: c[name] for name in names}
-    if not toy:
-        made_from["of"] = base_digest(c["model"])
+        names += "r alpha targets weight_decay max_length".split()
+    known = {name: c[name] for name in names}
+    known["base"] = "" if toy else common.model_digest(c["model"])
     text = repr((data["vocab"], data["pretrain"]))
-    made_from["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    folder = run.folder / "02_base"
-    with suppress(Exception):  # a damaged one raises a dozen kinds
-        weights = file_digest(folder / "model.safetensors")
-        found = json.loads((folder / "made_from.json").read_text())
-        if found == {**made_from, "weights": weights}:
-            print(f"{folder} fits this data and these settings: not made again")
+    known["text"] = hashlib.sha256(text.encode()).hexdigest()
+    file = path / "pretrain.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found == {**known, "made": common.model_digest(path)}:
+            print(f"{path} fits this data and these settings: not made again")
             return
-    model, tokenizer = pretrain(data, c, device) if toy else teach(run, data, c, device)
+    model, tokenizer = pretrain_toy(data, c, device) if toy else pretrain_real(run, data, c, device)
 
     def save(new):
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        made_from["weights"] = file_digest(new / "model.safetensors")
-        (new / "made_from.json").write_text(json.dumps(made_from))
+        made = {**known, "made": common.model_digest(new)}
+        (new / "pretrain.json").write_text(json.dumps(made))
 
-    write_whole(folder, save)
+    common.write_whole(path, save)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -671,7 +548,7 @@ def make_base(run, data, c, device):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
 
 
 def main(argv=None):
@@ -679,34 +556,29 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     data = run.load("01_data.pt")
-    c = {**data["config"], **resolve(args, FLAGS, data["config"]["preset"])}
-    device = pick_device(args.device, c["preset"])
-    if c["model"] in TOY_MODELS:
-        add_lora(toy_model(c["model"], 8), c["targets"], 1, 1)  # a wrong target shows at once
+    c = {**data["config"], **common.resolve(args, FLAGS, data["config"]["preset"])}
+    device = common.pick_device(args.device, c["preset"])
     if data["pretrain"]:
-        make_base(run, data, c, device)
-    model, tokenizer = load_model(run, data, device)
+        pretrain(run, data, c, device)
+    model, tokenizer = common.load_model(run, data, device)
     w, examples = adapt(model, tokenizer, data, c)
-    describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
-    try_model(model, tokenizer, w, examples, data, c)
+    common.describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
     if c["preset"] == "toy" and device.type == "cpu":
         # the slow ones, which stand last in DEFENSES, begin first
         jobs = [(str(run.folder), defense, c) for defense in c["defense"][::-1]]
-        results = in_processes(one_defense, jobs)[::-1]
+        results = common.in_processes(one_defense, jobs)[::-1]
     else:
         initial, results = copy_of(w), []
         for defense in c["defense"]:
             put(w, initial)
             pad_id = tokenizer.pad_token_id
             results.append(align_and_attack(model, w, defense, examples, pad_id, c))
-    payload = {
-        kind: {defense: result[kind] for defense, result in zip(c["defense"], results)}
-        for kind in ("aligned", "finetuned", "snapshots", "log")
-    }
-    artifact = run.save("02_finetune.pt", c, **payload)
-    say_next(run.folder / "02_finetune.pt", "03_random_perturb.py", run.folder)
+    rows = [row("base", {}, {})] + [x for made, _ in results for x in made]
+    log = {defense: x for defense, (_, x) in zip(c["defense"], results)}
+    artifact = run.save("02_finetune.pt", c, rows=rows, log=log)
+    print(f"{run.folder / '02_finetune.pt'} written; next: {run.command('03_random_perturb')}")
     return artifact
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

@@ -7,14 +7,12 @@ beat what needs no optimiser at all. From attacked weights w and aligned weights
 which the provider has, these make new weights:
 
     noise         w + std * z,   z ~ N(0, I)               for several std, all along one z
-    matched       w + rho * z / ||z||_2                    as long as Panacea's eps (by stage 5)
     interpolated  w + t * (w_a - w)                        back towards the aligned adapter
     antidote      w with the top share of |w| * ||input||_2 on harmful data set to zero
 
-`matched` is the control that the paper lacks: if it did as well as Panacea, the direction that
-Panacea optimises would not matter. Interpolation is as in WiSE-FT (arXiv 2109.01903); RESTA
-(2402.11746) adds a safety vector instead. Antidote (2408.09600) is the paper's closest rival; it
-scores by Wanda (2306.11695).
+(Noise as long as Panacea's eps is a control of stage 4.) Interpolation is as in WiSE-FT
+(arXiv 2109.01903); RESTA (2402.11746) adds a safety vector instead. Antidote (2408.09600) is the
+paper's closest rival; it scores by Wanda (2306.11695).
 
 Everything happens to the adapter w = {A, B} only; the frozen model stays as it is. Deviation from
 Antidote's code: the share is pruned from each matrix as a whole, not from each of its rows.
@@ -23,29 +21,16 @@ Reads:  RUN/01_data.pt, RUN/02_finetune.pt    Writes: RUN/03_random_perturb.pt
 Run:    python 03_random_perturb.py                          under 10 seconds for the toy
 """
 
-from common import (
-    Flag,
-    Run,
-    UserError,
-    attach,
-    describe,
-    encode,
-    load_model,
-    pick_device,
-    progress,
-    resolve,
-    run_stage,
-    say_next,
-    stage_parser,
-)
+import common  # the parts that are no lesson: flags, files, loading, batches
+from common import Flag, Run, row
 
 import torch
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
-    Flag("std", [0.04, 0.06, 0.07, 0.08, 0.1], [0.03, 0.06], [0.001, 0.01, 0.05, 0.1],
+    Flag("std", [0.04, 0.06, 0.07, 0.08, 0.1], [0.06], [0.001, 0.01, 0.05, 0.1],
          "standard deviations of the noise; 0: none", low=0),
-    Flag("t", [0.25, 0.5, 0.75], [0.3, 0.5], [0.25, 0.5, 0.75],
+    Flag("t", [0.25, 0.5, 0.75], [0.5], [0.25, 0.5, 0.75],
          "parts of the way back to the aligned adapter; 0: none", low=0, high=1),
     Flag("share", [0.01, 0.05], [0.01], [0.01, 0.05, 0.1],
          "shares of the adapter's weights that Antidote prunes; 0: none", low=0, high=1),
@@ -57,12 +42,6 @@ def gaussian_like(w, seed):
     """{name: z}, z ~ N(0, 1) of the shape of each tensor of w (dict), float32, from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(x.shape, generator=generator) for name, x in w.items()}
-
-
-def unit(direction):
-    """`direction` (dict of tensors) divided by its one global L2 norm."""
-    norm = torch.sqrt(sum(z.pow(2).sum() for z in direction.values()))
-    return {name: z / norm for name, z in direction.items()}
 
 
 def noise(w, z, std):
@@ -108,8 +87,8 @@ def input_norms(model, w, alpha_over_r, examples):
         hook = recorder(a, b, w[a].to(model.device))
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     try:
-        with attach(model, w, alpha_over_r):
-            for ids, _ in progress(examples, len(examples), "antidote"):
+        with common.attach(model, w, alpha_over_r):
+            for ids, _ in common.progress(examples, len(examples), "antidote"):
                 model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
     finally:
         for handle in handles:
@@ -123,7 +102,7 @@ def input_norms(model, w, alpha_over_r, examples):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
 
 
 def main(argv=None):
@@ -131,40 +110,27 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
-    if "sft" not in stage2["finetuned"]:
-        raise UserError(
-            "02_finetune.pt has no model aligned with sft; run: "
-            f"{run.command('02_finetune')} --defense sft"
-        )
-    c = {**stage2["config"], **resolve(args, FLAGS, data["config"]["preset"])}
-    device = pick_device(args.device, c["preset"])
-    w, aligned = stage2["finetuned"]["sft"], stage2["aligned"]["sft"]
-    z = gaussian_like(w, c["seed"])
-    size = sum(x.numel() for x in w.values())
-    repairs = []
-
-    def add(model, setting, weights):
-        """A row of stage 5's table: its name, what varies within the name, the repaired w."""
-        repairs.append({"model": model, "setting": setting, "weights": weights})
-
+    w, aligned = (common.weights_of(stage2, name) for name in ("finetuned", "aligned"))
+    c = {**stage2["config"], **common.resolve(args, FLAGS, data["config"]["preset"])}
+    device = common.pick_device(args.device, c["preset"])
+    z, size = gaussian_like(w, c["seed"]), sum(x.numel() for x in w.values())
+    rows = []  # a repair of your own: one more row, its name, what varies within the name, its w
     for std in filter(None, c["std"]):
         print(f"  std {std:<6g} on {size:,} weights: L2 norm {std * size**0.5:.3g}")
-        add("random", {"std": std}, noise(w, z, std))
+        rows.append(row("random", {"std": std}, noise(w, z, std)))
     for t in filter(None, c["t"]):
-        add("interpolated", {"t": t}, interpolated(w, aligned, t))
+        rows.append(row("interpolated", {"t": t}, interpolated(w, aligned, t)))
     if any(c["share"]):
-        model, tokenizer = load_model(run, data, device)
-        describe(model, f"; reading {len(data['harmful'])} harmful samples for Antidote")
-        examples = encode(tokenizer, data["harmful"], c["max_length"], c["template"])
+        model, tokenizer = common.load_model(run, data, device)
+        common.describe(model, f"; reading {len(data['harmful'])} harmful samples for Antidote")
+        examples = common.encode(tokenizer, data["harmful"], c["max_length"], c["template"])
         norms = input_norms(model, w, c["alpha"] / c["r"], examples)
         for share in filter(None, c["share"]):
-            add("antidote", {"share": share}, antidote(w, norms, share))
-    # `matched` must have the size of Panacea's eps, which stage 4 makes: stage 5 puts the two
-    # together, w + rho * matched
-    artifact = run.save("03_random_perturb.pt", c, repairs=repairs, matched=unit(z))
-    say_next(run.folder / "03_random_perturb.pt", "04_panacea.py", run.folder)
+            rows.append(row("antidote", {"share": share}, antidote(w, norms, share)))
+    artifact = run.save("03_random_perturb.pt", c, rows=rows)
+    print(f"{run.folder / '03_random_perturb.pt'} written; next: {run.command('04_panacea')}")
     return artifact
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

@@ -14,8 +14,17 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
     Output  w_T + eps_{T-1}, the last eps computed                      (Algorithm 1)
 
 Eq. 2 solves the inner max to first order. Eq. 3 is a step of AdamW up the outer one, in which eps
-counts as a constant. With lam = 0 this is plain fine-tuning, then one step up h: the control
-`one_shot`, which takes that step at w_T, on another harmful batch.
+counts as a constant.
+
+Two things are mixed here: in what direction the last step goes, and what training with lam does
+to w. The controls tell them apart (all but the first row are ours, not the paper's):
+
+    from plain fine-tuning    one_shot (one step, lam = 0)    ascent (several)
+    from Panacea's w          panacea (its last eps)          panacea_ascent (several)
+
+`ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
+each, as an attack on inputs does (PGD, arXiv 1706.06083); without a ball, gradient ascent unlearns
+(2210.01504) and soon destroys the model.
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
@@ -36,7 +45,7 @@ from functools import partial
 from pathlib import Path
 
 import common  # the parts that are no lesson: flags, files, loading, batches
-from common import Flag, Run, UserError
+from common import Flag, Run, UserError, row
 
 import torch
 import torch.nn.functional as F
@@ -129,15 +138,13 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("lam", 0.1, 0.1, 0.001, "weight of h(w + eps) - h(w) in Eq. 1; less "
          "where the task's answers are long", low=0),
     Flag("harmful_batch_size", 16, 5, 10, "samples in the batch of h", low=1),
-    Flag("anchored_terms", ["h-a-g"], ["h-a-g"], ["h-a-g"], "what the anchored eps climbs, a "
-         "weighted by --anchor", choices=("a", "h-a", "h-a-g")),
+    Flag("ascent_steps", 10, 10, 10, "steps of ascent; 0: no such rows", low=0),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
-    Flag("radius", [0.3], [0.3], [0.2], "anchored eps: largest ||eps|| over ||w - w_aligned||; "
-         "0: none", low=0),
-    Flag("anchored_steps", [10], [10], [10], "anchored eps: projected steps", low=1),
-    Flag("realign_terms", ["a"], ["a"], ["a+g"], "what realign descends", choices=("a", "a+g")),
-    Flag("realign_lr", [3e-4], [1e-3], [5e-4], "realign: learning rate; 0: none", low=0),
-    Flag("realign_steps", [20], [10], [20], "realign: AdamW steps", low=1),
+    Flag("radius", 0.3, 0.3, 0.2, "anchored eps: largest ||eps|| over ||w - w_aligned||; 0: none",
+         low=0),
+    Flag("anchored_steps", 10, 10, 10, "anchored eps: projected steps", low=1),
+    Flag("realign_lr", 3e-4, 1e-3, 5e-4, "realign: learning rate; 0: none", low=0),
+    Flag("realign_steps", 20, 10, 20, "realign: AdamW steps", low=1),
 ]
 # fmt: on
 
@@ -173,19 +180,17 @@ def train(loss, w, batches, steps, c):
 
 def layer_norms(w, eps):
     """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
-    squares = {}
+    layers = {}
     for name, e in zip(w, eps):
-        layer = int(re.search(r"\.(\d+)\.", name)[1])
-        squares[layer] = squares.get(layer, 0.0) + e.pow(2).sum().item()
-    return [math.sqrt(squares[layer]) for layer in sorted(squares)]
+        layers.setdefault(int(re.search(r"\.(\d+)\.", name)[1]), []).append(e)
+    return [global_norm(layers[number]).item() for number in sorted(layers)]
 
 
 def ends_of_h_eps(log):
     """[first, last]: mean h(w + eps) over the first and the last tenth of the steps.
 
     It begins at the aligned weights plus eps and falls as w learns the task, harmful samples
-    among it. Where it ends above its beginning, eps has gone past the refusals: with too large a
-    lam, on clean data, where nothing in g holds h down, or after a complete attack.
+    among it. Where it ends above its beginning, eps has gone past the refusals.
     """
     size = max(1, len(log) // 10)
     return [sum(x["h_eps"] for x in part) / size for part in (log[:size], log[-size:])]
@@ -203,19 +208,8 @@ def put(w, weights):
             p.copy_(weights[name])
 
 
-def plus(w, eps):
-    """w + eps, for dicts of tensors."""
-    return {name: w[name] + eps[name] for name in w}
-
-
-def distance(w, other):
-    """L2 norm of w - other over all tensors; dicts."""
-    return global_norm([w[name] - other[name] for name in w]).item()
-
-
 # ---------------------------------------------------------------------------------------------
-# Other repairs that optimise: each starts from the attacked weights. What they need beside
-# harmful answers: refusals, for the loss a on the alignment set
+# More than one step: the ascent, and with refusals the anchored eps
 
 
 def weighted_gradient(loss, w, batches, factors):
@@ -224,88 +218,102 @@ def weighted_gradient(loss, w, batches, factors):
     return [sum(k * x for k, x in zip(factors, parts)) for parts in zip(*grads)]
 
 
-def realign(loss, w, draws, steps, lr, weight_decay):
-    """The plain repair: `steps` AdamW steps down the sum of the losses on what `draws` yields."""
-    optimizer = torch.optim.AdamW(w, lr=lr, weight_decay=weight_decay, fused=True)
-    for batches in itertools.islice(draws, steps):
-        for p, grad in zip(w, weighted_gradient(loss, w, batches, [1.0] * len(batches))):
-            p.grad = grad
-        optimizer.step()
-
-
-def anchored_perturbation(loss, w, draws, factors, radius, steps):
+def climb(loss, w, draws, factors, radius, steps):
     """An eps with ||eps|| <= radius that climbs a weighted sum of losses, by projected steps.
 
     Steps shrink linearly and add up to 2.5 radii: far enough to cross the ball, short enough at
-    the end to settle.
+    the end to settle. One step is Eq. 2.
 
     Args:
-        draws: iterator of tuples of batches. factors: one for each, as in h - anchor * a - g.
+        draws: iterator of tuples of batches. factors: one for each; (1,) to climb h.
     Returns:
         eps, a list of new tensors shaped like w.
     """
     eps = [torch.zeros_like(x) for x in w]
     for k, batches in enumerate(itertools.islice(draws, steps)):
         with perturbed(w, eps):
-            climb = weighted_gradient(loss, w, batches, factors)
+            uphill = weighted_gradient(loss, w, batches, factors)
         length = 5 * radius * (steps - k) / (steps * (steps + 1))
-        eps = [e + s for e, s in zip(eps, perturbation(climb, length))]
+        eps = [e + s for e, s in zip(eps, perturbation(uphill, length))]
         shrink = min(1.0, radius / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
     return eps
 
 
-def one_shot_eps(loss, w, attacked, harmful, rho):
-    """Eq. 2 once, at the attacked weights: Panacea with lam = 0. {name: tensor}."""
+def controls(loss, w, attacked, ours, batches, c):
+    """Rows that need harmful answers only, as Panacea does, each with an eps of norm rho.
+
+    Args:
+        attacked, ours: {name: tensor}, w after plain fine-tuning and Panacea's.
+        batches: (set name, batch size) -> endless iterator of batches, the same at every call.
+    """
+    params, rho, steps = list(w.values()), c["rho"], c["ascent_steps"]
+    generator = torch.Generator().manual_seed(c["seed"])
+    noise = [torch.randn(x.shape, generator=generator) for x in attacked.values()]
+    noise = dict(zip(attacked, perturbation(noise, rho)))
+    rows = [row("random_matched", {"rho": rho}, attacked, noise)]
+    # lam = 0: Eq. 2 once, at the attacked weights
     put(w, attacked)
-    grad_h, _ = gradient(loss, list(w.values()), harmful)
-    return copy_of(dict(zip(w, perturbation(grad_h, rho))))
+    grad_h, _ = gradient(loss, params, next(batches("harmful", c["harmful_batch_size"])))
+    eps = copy_of(dict(zip(w, perturbation(grad_h, rho))))
+    rows.append(row("one_shot", {"rho": rho, "lam": 0.0}, attacked, eps))
+    if steps:
+        for model, setting, start in (
+            ("ascent", {"rho": rho}, attacked),
+            ("panacea_ascent", {"rho": rho, "lam": c["lam"]}, ours),
+        ):
+            put(w, start)
+            draws = zip(batches("harmful", c["harmful_batch_size"]))
+            eps = copy_of(dict(zip(w, climb(loss, params, draws, (1.0,), rho, steps))))
+            rows.append(row(model, {**setting, "steps": steps}, start, eps))
+    return rows
 
 
-def other_repairs(loss, w, aligned, attacked, batches, c):
-    """[{"model", "setting", "weights"}]: the anchored eps and realign, for every setting asked.
+# ---------------------------------------------------------------------------------------------
+# Repairs that also read refusals, for the loss a on the alignment set; from the attacked weights
 
-    A repair of your own goes here: make its weights, and `add` them under a name.
+
+def realign(loss, w, batches, steps, lr, weight_decay):
+    """The plain repair: `steps` AdamW steps down the loss on what `batches` yields, in place."""
+    optimizer = torch.optim.AdamW(w, lr=lr, weight_decay=weight_decay, fused=True)
+    for batch in itertools.islice(batches, steps):
+        grads, _ = gradient(loss, w, batch)
+        for p, grad in zip(w, grads):
+            p.grad = grad
+        optimizer.step()
+
+
+def repairs(loss, w, aligned, attacked, batches, c):
+    """Rows of the anchored eps and of realign. A repair of your own goes here.
 
     Args:
         batches: (set name, batch size) -> endless iterator of batches, the same at every call.
     """
-    params, size, half, repairs = list(w.values()), c["batch_size"], c["batch_size"] // 2, []
-
-    def add(model, setting, weights):
-        """A row of stage 5's table: its name, what varies within the name, the repaired w."""
-        repairs.append({"model": model, "setting": setting, "weights": weights})
-
-    way_back = max(distance(attacked, aligned), 1e-12)
+    params, size, rows = list(w.values()), c["batch_size"], []
+    way_back = global_norm([attacked[name] - aligned[name] for name in w]).item()
     print(
-        f"  ||w - w_aligned|| is {way_back:.3g}: rho {c['rho']:g} is {c['rho'] / way_back:.2f} of "
-        "it (an eps much shorter cannot reach back to refusals, a much longer one tears the task)"
+        f"  ||w - w_aligned|| is {way_back:.3g}: rho {c['rho']:g} is "
+        f"{c['rho'] / (way_back or math.inf):.2f} of it (an eps much shorter cannot reach back to "
+        "refusals, a much longer one tears the task)"
     )
     # anchored: climb h, descend a and g, inside a ball whose radius is a part of the way back
-    sets = {
-        "h": ("harmful", max(1, half), 1.0),
-        "a": ("alignment", size, -c["anchor"]),
-        "g": ("finetune", max(1, half), -1.0),
-    }
-    for terms, radius, steps in itertools.product(
-        c["anchored_terms"], filter(None, c["radius"]), c["anchored_steps"]
-    ):
+    if c["radius"]:
         put(w, attacked)
-        named = [sets[letter] for letter in terms.split("-")]
-        draws = zip(*(batches(name, rows) for name, rows, _ in named))
-        factors = [factor for _, _, factor in named]
-        eps = anchored_perturbation(loss, params, draws, factors, radius * way_back, steps)
-        setting = {"terms": terms, "radius": radius, "anchor": c["anchor"], "steps": steps}
-        add("panacea_anchored", setting, plus(attacked, copy_of(dict(zip(w, eps)))))
-    # realign: what anybody would try first, a few plain steps on refusals (and the task)
-    for terms, lr, steps in itertools.product(
-        c["realign_terms"], filter(None, c["realign_lr"]), c["realign_steps"]
-    ):
+        half = max(1, size // 2)
+        draws = zip(batches("harmful", half), batches("alignment", size), batches("finetune", half))
+        radius, factors = c["radius"] * way_back, (1.0, -c["anchor"], -1.0)
+        eps = climb(loss, params, draws, factors, radius, c["anchored_steps"])
+        setting = {name: c[name] for name in ("radius", "anchor")} | {"steps": c["anchored_steps"]}
+        whole = {name: x + e.cpu() for (name, x), e in zip(attacked.items(), eps)}
+        rows.append(row("panacea_anchored", setting, whole))
+    # realign: what anybody would try first, a few plain steps on refusals
+    if c["realign_lr"]:
         put(w, attacked)
-        draws = zip(*(batches(sets[letter][0], size) for letter in terms.split("+")))
-        realign(loss, params, draws, steps, lr, c["weight_decay"])
-        add("realign", {"terms": terms, "lr": lr, "steps": steps}, copy_of(w))
-    return repairs
+        draws = batches("alignment", size)
+        realign(loss, params, draws, c["realign_steps"], c["realign_lr"], c["weight_decay"])
+        setting = {"lr": c["realign_lr"], "steps": c["realign_steps"]}
+        rows.append(row("realign", setting, copy_of(w)))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -379,7 +387,6 @@ def write_peft(folder, base, weights, c):
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    modules = sorted({name.rpartition(".")[0] for name in weights})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -388,7 +395,7 @@ def write_peft(folder, base, weights, c):
         "lora_alpha": c["alpha"],
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": sorted({name.rpartition(".")[0] for name in weights}),
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -398,12 +405,12 @@ def write_peft(folder, base, weights, c):
 
 def export(run, artifact):
     """Write RUN/04_peft: w + eps as a PEFT adapter, and w alone in its subfolder without_eps."""
-    c, w = artifact["config"], artifact["weights"]
+    c, w, eps = artifact["config"], artifact["weights"], artifact["epsilon"]
     source = Path(common.model_source(run.folder, c))
     base = str(source.resolve()) if source.is_dir() else c["model"]
 
     def write(new):
-        write_peft(new, base, plus(w, artifact["epsilon"]), c)
+        write_peft(new, base, {name: w[name] + eps[name] for name in w}, c)
         write_peft(new / "without_eps", base, w, c)
 
     common.write_whole(run.folder / "04_peft", write)
@@ -416,66 +423,48 @@ def export(run, artifact):
 def get_args(argv=None):
     """Flags of this stage."""
     parser, group = common.stage_parser(__doc__, FLAGS)
-    group.add_argument(
-        "--repairs-only",
-        action="store_true",
-        help="keep Panacea's w, eps and log of 04_panacea.pt, and make the other repairs again",
-    )
+    text = "keep w, eps and log of 04_panacea.pt, and make the other rows again"
+    group.add_argument("--repairs-only", action="store_true", help=text)
     group = parser.add_argument_group("as in stage 2 unless given")
-    group.add_argument(
-        "--epochs",
-        type=common.number(int, 1, math.inf),
-        metavar="X",
-        help="epochs over the user's data",
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="keep no activations inside layers",
-    )
+    text = "epochs over the user's data"
+    kind = common.number(int, 1, math.inf)
+    group.add_argument("--epochs", type=kind, metavar="X", help=text)
+    text, action = "keep no activations inside layers", argparse.BooleanOptionalAction
+    group.add_argument("--gradient-checkpointing", action=action, help=text)
     return parser.parse_args(argv)
 
 
-def kept_panacea(run, args):
-    """The 04_panacea.pt that --repairs-only keeps.
+def panacea(loss, w, aligned, batches, c):
+    """Algorithm 1 from the aligned weights, in place of the plain fine-tuning of stage 2.
 
-    Raises:
-        UserError: there is none that is sound, or it was made with other numbers than those given.
+    Returns:
+        {"weights", "epsilon": {name: tensor}, "log"}.
     """
-    kept = Run(run.folder).load("04_panacea.pt")  # another Run: it is no parent of itself
-    for name in ("rho", "lam", "harmful_batch_size", "epochs"):
-        given = getattr(args, name)
-        if given not in (None, kept["config"][name]):
-            raise UserError(
-                f"--repairs-only keeps a Panacea of {name} {kept['config'][name]:g}, not "
-                f"{given:g}; leave one of the two flags out"
-            )
-    return kept
+    put(w, aligned)
+    user = list(batches("finetune", c["batch_size"], seed=c["seed"], epochs=c["epochs"]))
+    harmful = batches("harmful", c["harmful_batch_size"], seed=c["seed"])
+    eps, log = train(loss, w, zip(user, harmful), len(user), c)
+    return {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
 
 
 def main(argv=None):
-    """Run Algorithm 1 and the other repairs; writes RUN/04_panacea.pt and returns it."""
+    """Run Algorithm 1, the controls and the repairs; writes RUN/04_panacea.pt and returns it."""
     args = get_args(argv)
     run = Run(args.run)
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
-    if "sft" not in stage2["aligned"]:
-        raise UserError(
-            "02_finetune.pt has no model aligned with sft; run: "
-            f"{run.command('02_finetune')} --defense sft"
-        )
+    aligned, attacked = (common.weights_of(stage2, name) for name in ("aligned", "finetuned"))
     c = {**stage2["config"], **common.resolve(args, FLAGS, stage2["config"]["preset"])}
     for name in ("epochs", "gradient_checkpointing"):
         c[name] = c[name] if getattr(args, name) is None else getattr(args, name)
-    kept = kept_panacea(run, args) if args.repairs_only else None
-    if kept:
-        c.update({name: kept["config"][name] for name in ("rho", "lam", "epochs")})
-        c["harmful_batch_size"] = kept["config"]["harmful_batch_size"]
-    if c["epochs"] != (plain := stage2["config"]["epochs"]):
-        print(
-            f"note: --epochs {c['epochs']} for Panacea, {plain} in stage 2: finetuned, one_shot "
-            "and the other repairs are no equal controls"
-        )
+    result = None
+    if args.repairs_only:  # another Run, since the artifact is no parent of itself
+        result = Run(run.folder).load("04_panacea.pt")
+        for name in ("rho", "lam", "harmful_batch_size", "epochs"):  # those of the kept Panacea
+            if getattr(args, name) not in (None, result["config"][name]):
+                raise UserError(
+                    f"--repairs-only keeps a Panacea of another --{name}; leave one out"
+                )
+            c[name] = result["config"][name]
 
     # the model, with the adapter w in place, and the batches that everything below draws
     device = common.pick_device(args.device, c["preset"])
@@ -490,40 +479,31 @@ def main(argv=None):
         for name in ("alignment", "harmful", "finetune")
     }
 
-    def batches(name, size, seed, epochs=None):
-        for rows in common.draw_batches(examples[name], size, seed, epochs):
-            yield common.collate(rows, tokenizer.pad_token_id, model.device)
+    def batches(name, size, seed=c["seed"] + 1, epochs=None):  # + 1: other batches than training's
+        for part in common.draw_batches(examples[name], size, seed, epochs):
+            yield common.collate(part, tokenizer.pad_token_id, model.device)
 
-    # Algorithm 1, from the aligned weights, in place of the plain fine-tuning of stage 2
-    if kept:
-        result = {key: kept[key] for key in ("weights", "epsilon", "log")}
-        print(f"  kept: Panacea's w, eps and log of {run.folder / '04_panacea.pt'}")
-    else:
-        steps = c["epochs"] * math.ceil(len(examples["finetune"]) / c["batch_size"])
-        common.describe(model, f"; Panacea for {steps} steps, rho {c['rho']}, lam {c['lam']}")
-        put(w, stage2["aligned"]["sft"])
-        pairs = zip(
-            batches("finetune", c["batch_size"], c["seed"], c["epochs"]),
-            batches("harmful", c["harmful_batch_size"], c["seed"]),
-        )
-        eps, log = train(loss, w, pairs, steps, c)
-        result = {"weights": copy_of(w), "epsilon": copy_of(dict(zip(w, eps))), "log": log}
-    first, last = c["h_eps"] = ends_of_h_eps(result["log"])
-    if last > first:
+    common.describe(model, f"; Panacea with rho {c['rho']:g}, lam {c['lam']:g}")
+    result = result or panacea(loss, w, aligned, batches, c)
+    ours, first_last = result["weights"], ends_of_h_eps(result["log"])
+    setting = {"rho": c["rho"], "lam": c["lam"]}
+    if c["epochs"] != stage2["config"]["epochs"]:
+        setting["epochs"] = c["epochs"]
+        print(f"note: {c['epochs']} epochs for Panacea, not as stage 2: no equal controls")
+    if first_last[1] > first_last[0]:
         print(
-            f"  note: h(w + eps) rose in training, from {first:.2f} to {last:.2f}: all of this eps "
-            "may break more than it brings back; try a part of it or a smaller --lam (are the "
-            "user's data clean?)"
+            f"  note: h(w + eps) rose in training, from {first_last[0]:.2f} to {first_last[1]:.2f}:"
+            " all of this eps may break more than it brings back. Long answers want a smaller "
+            f"--lam (try {c['lam'] / 5:g}), others a smaller --rho; or are the user's data clean?"
         )
-
-    # the control and the other repairs, from the attacked weights, on batches of their own
-    attacked, draw = stage2["finetuned"]["sft"], partial(batches, seed=c["seed"] + 1)
-    harmful = next(draw("harmful", c["harmful_batch_size"]))
-    result["one_shot"] = one_shot_eps(loss, w, attacked, harmful, c["rho"])
-    result["repairs"] = other_repairs(loss, w, stage2["aligned"]["sft"], attacked, draw, c)
-    artifact = run.save("04_panacea.pt", c, **result)
+    rows = [row("panacea_w", setting, ours)]
+    rows.append(row("panacea", setting, ours, result["epsilon"], h_eps=first_last))
+    rows += controls(loss, w, attacked, ours, batches, c)
+    rows += repairs(loss, w, aligned, attacked, batches, c)
+    kept = {name: result[name] for name in ("weights", "epsilon", "log")}
+    artifact = run.save("04_panacea.pt", c, **kept, rows=rows)
     export(run, artifact)
-    common.say_next(run.folder / "04_panacea.pt", "05_evaluate.py", run.folder)
+    print(f"{run.folder / '04_panacea.pt'} written; next: {run.command('05_evaluate')}")
     return artifact
 
 

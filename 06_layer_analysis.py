@@ -25,11 +25,11 @@ Run:    python 06_layer_analysis.py           seconds
 """
 
 import math
-import re
+
+import common  # the parts that are no lesson: flags, files
+from common import Flag, Run, layer_of
 
 import numpy as np
-
-from common import Flag, Run, resolve, run_stage, stage_parser, write_whole
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
@@ -44,17 +44,6 @@ SCORES = ("hs", "hs_plus", "refusal", "fa")
 # Sizes
 
 
-def layer_of(name):
-    """Number of the decoder layer that a weight's name belongs to: "model.layers.3.mlp" -> 3."""
-    return int(re.search(r"\.(\d+)\.", name)[1])
-
-
-def norm_of(weights, layer=None):
-    """(L2 norm, count) of a dict of tensors, or of those of one layer."""
-    parts = [x for name, x in weights.items() if layer is None or layer_of(name) == layer]
-    return math.sqrt(sum(x.pow(2).sum().item() for x in parts)), sum(x.numel() for x in parts)
-
-
 def sizes(artifact, last_part):
     """Per layer: norm (mean over the batches of the last steps), interval, and the fair versions.
 
@@ -66,14 +55,15 @@ def sizes(artifact, last_part):
     norms = np.array([entry["layers"] for entry in log])  # (batches, layers)
     rows = []
     for i, layer in enumerate(sorted({layer_of(name) for name in artifact["weights"]})):
-        norm, (w_norm, count) = norms[:, i].mean().item(), norm_of(artifact["weights"], layer)
+        w, norm = artifact["weights"], norms[:, i].mean().item()
+        count = sum(x.numel() for name, x in w.items() if layer_of(name) == layer)
         rows.append(
             {
                 "layer": layer,
                 "norm": norm,
                 "norm_interval": np.quantile(norms[:, i], [0.025, 0.975]).tolist(),
                 "per_weight": norm / math.sqrt(count),
-                "relative": norm / w_norm,
+                "relative": norm / common.norm(w, layer),
                 "batches": len(log),
             }
         )
@@ -166,12 +156,9 @@ def print_layers(rows, ends, agreement):
 
 def draw(rows, ends, path):
     """Bars of the norm of eps per layer, and beside it what eps does on one layer, if measured."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("for the picture: pip install matplotlib, then run this again (seconds)")
+    figure = common.new_figure(12 if ends else 6, 4)
+    if figure is None:
         return
-    figure = Figure(figsize=(12 if ends else 6, 4), layout="constrained")
     axes = figure.subplots(1, 3 if ends else 1, squeeze=False)[0]
     layers, norms = [row["layer"] for row in rows], np.array([row["norm"] for row in rows])
     low, high = np.array([row["norm_interval"] for row in rows]).T
@@ -187,7 +174,7 @@ def draw(rows, ends, path):
         axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes:
         axis.locator_params("x", integer=True)
-    write_whole(path, lambda new: figure.savefig(new, dpi=110))
+    common.write_whole(path, lambda new: figure.savefig(new, dpi=110))
     print(f"picture: {path}")
 
 
@@ -197,7 +184,7 @@ def draw(rows, ends, path):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
 
 
 def main(argv=None):
@@ -205,7 +192,7 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     stage4, stage5 = run.load("04_panacea.pt"), run.load("05_evaluate.pt")
-    c = {**stage5["config"], **resolve(args, FLAGS, stage5["config"]["preset"])}
+    c = {**stage5["config"], **common.resolve(args, FLAGS, stage5["config"]["preset"])}
     rows = sizes(stage4, c["last_part"])
     ends = with_views(rows, [row for row in stage5["rows"] if "view" in row])
     agreement = {key: correlations(rows, ends, key) for key in ("hs", "refusal")} if ends else {}
@@ -223,4 +210,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

@@ -1,10 +1,11 @@
-"""common.py - what all six stages must agree on: no equation, no training loop, no judge.
+"""common.py - what the six stages share: no equation, no training loop, no judge.
 
-errors and flags    UserError, run_stage, Flag, stage_parser, resolve
-the run folder      write_whole, Run (load, check lineage, save whole or not at all)
-models              pick_device, load_tokenizer, load_model, attach
+errors and flags    UserError, run_stage, Flag, stage_parser, resolve, progress
+the run folder      write_whole, Run (load, check, save whole or not at all)
+models              pick_device, load_tokenizer, load_weights, load_model, attach
 prompts, batches    format_prompt, prompt_ids, encode, collate, draw_batches
-answers             generate, in_processes
+answers             answer_losses, generate
+the rest            in_processes, new_figure
 """
 
 import argparse
@@ -18,11 +19,13 @@ import math
 import multiprocessing
 import os
 import random
-import shlex
+import re
 import shutil
 import signal
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,47 +36,46 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 
 # ---------------------------------------------------------------------------------------------
 # Errors and flags: bad input ends in one line and exit code 2
 
 
 class UserError(Exception):
-    """Something the user can mend: one line saying what is wrong, what was found, what to run."""
+    """What the user can mend, in one line: what is wrong, what was found, what to run."""
 
 
 def run_stage(main):
-    """Call `main()`; what the user can mend is one line on stderr and exit code 2."""
-    gc.freeze()  # spares torch's objects the search for garbage: 2 seconds off start and end
+    """Call `main()`; a UserError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    gc.freeze()  # torch's own objects need no search for garbage: 2 seconds of a stage
+    quiet_libraries()
+    sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of an answer
     try:
         return main()
     except UserError as error:
         text, code = f"error: {error}", 2
-    except torch.OutOfMemoryError:
-        text, code = (
-            "error: out of GPU memory; stages 2 and 4: --gradient-checkpointing or a smaller "
-            "--batch-size in stage 2; stage 5: a smaller --eval-batch-size",
-            2,
-        )
     except KeyboardInterrupt:
         text, code = "interrupted: this stage's artifact is as it was before; run it again", 130
     finally:
-        gc.freeze()
+        gc.freeze()  # the same at the end
     print(text, file=sys.stderr)
     raise SystemExit(code)
+
+
+def quiet_libraries():
+    """No bars and warnings of transformers: load_weights says what matters."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 PRESETS = ("toy", "laptop", "paper")
 
 
 class Flag(NamedTuple):
-    """A line of a stage's FLAGS table: name, its default in each preset, meaning, what is allowed.
-
-    The defaults' type is the flag's: whole number, number, text, truth value (--name and
-    --no-name), or a list of these (then it takes several). Numbers must lie in low ... high.
-    """
+    """A line of a stage's FLAGS table. The defaults' type is the flag's: number (in low ... high),
+    text, truth value (--name and --no-name), or a list of these (then it takes several)."""
 
     name: str
     toy: object
@@ -82,45 +84,30 @@ class Flag(NamedTuple):
     help: str
     low: float = -math.inf
     high: float = math.inf
-    choices: tuple = ()
+    choices: tuple = None
 
 
 def number(kind, low, high):
     """argparse type of a number: a finite `kind` (int or float) in low ... high."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value in (math.inf, -math.inf):
-            what = "whole number" if kind is int else "finite number"
-            raise argparse.ArgumentTypeError(f"needs a {what} from {low} to {high}, found {text!r}")
+        value = kind(text)  # argparse reports a ValueError by itself
+        if not low <= value <= high or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"needs {low} to {high}, finite, found {text!r}")
         return value
 
+    parse.__name__ = kind.__name__
     return parse
 
 
 def shown(value):
-    """A default or a setting as text."""
+    """A default as text."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def add_flag(group, row, default=None, note=""):
-    """Add a Flag to an argparse group. `note` ends its help text."""
-    options = {"default": default, "help": row.help + note}
-    sample = row.toy[0] if isinstance(row.toy, list) else row.toy
-    if isinstance(sample, bool):
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        kind = type(sample)
-        options["type"] = number(kind, row.low, row.high) if kind in (int, float) else kind
-        options["metavar"] = "X"
-        if row.choices:
-            options["choices"] = row.choices
-        if isinstance(row.toy, list):
-            options["nargs"] = "+"
-    group.add_argument("--" + row.name.replace("_", "-"), **options)
+def folder(text):
+    """argparse type of a folder: "~" is the user's home."""
+    return Path(text).expanduser()
 
 
 def stage_parser(doc, flags):
@@ -132,23 +119,23 @@ def stage_parser(doc, flags):
         2, f"error: {message}; see python {parser.prog} --help\n"
     )
     group = parser.add_argument_group("where")
-    group.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/toy"),
-        metavar="DIR",
-        help="folder of this run's artifacts (default: runs/toy)",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto (the toy: cpu), cpu, cuda, cuda:1 or mps (default: auto)",
-    )
+    text = "folder of this run's artifacts (default: runs/toy)"
+    group.add_argument("--run", type=folder, default=Path("runs/toy"), metavar="DIR", help=text)
+    text = "auto (the toy: cpu), cpu, cuda, cuda:1 or mps (default: auto)"
+    group.add_argument("--device", default="auto", metavar="NAME", help=text)
     group = parser.add_argument_group("what and how much")
-    for row in flags:
-        defaults = "; ".join(f"{preset}: {shown(getattr(row, preset))}" for preset in PRESETS)
-        add_flag(group, row, note=f" ({defaults})")
+    for flag in flags:
+        defaults = "; ".join(f"{preset}: {shown(getattr(flag, preset))}" for preset in PRESETS)
+        options = {"help": f"{flag.help} ({defaults})".replace("%", "%%"), "metavar": "X"}
+        options["nargs"] = "+" if isinstance(flag.toy, list) else None
+        kind = type(flag.toy[0] if isinstance(flag.toy, list) else flag.toy)
+        if kind is bool:
+            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+        elif kind is str:
+            options["choices"] = flag.choices
+        else:
+            options["type"] = number(kind, flag.low, flag.high)
+        group.add_argument("--" + flag.name.replace("_", "-"), **options)
     return parser, group
 
 
@@ -156,9 +143,12 @@ def resolve(args, flags, preset):
     """{flag: value}: as given in args (None: no flags), else the preset's default."""
     given = vars(args) if args else {}
     return {
-        row.name: getattr(row, preset) if given.get(row.name) is None else given[row.name]
-        for row in flags
+        flag.name: getattr(flag, preset) if given.get(flag.name) is None else given[flag.name]
+        for flag in flags
     }
+
+
+show_bars = True  # False in all but one of the processes of `in_processes`
 
 
 def progress(iterable, total, label):
@@ -171,15 +161,11 @@ def progress(iterable, total, label):
         desc=f"  {label}",
         ascii=" .:-=#",
         file=sys.stderr,
+        disable=not show_bars,
         mininterval=0.5 if sys.stderr.isatty() else 10,
         bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     )
-
-
-def say_next(path, stage, folder):
-    """The closing line of a stage: what was written, and the command that comes next."""
-    print(f"{path} written; next: python {stage} --run {shlex.quote(str(folder))}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,37 +173,15 @@ def say_next(path, stage, folder):
 
 
 def write_whole(path, write):
-    """Call `write(temporary path)` and rename the result to `path`: there whole, or not at all.
-
-    Raises UserError if the folder cannot be written.
-    """
+    """Call `write(temporary path)` and rename the result to `path`: there whole, or not at all."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            write(temporary)
-            if path.is_dir() and temporary.is_dir():
-                shutil.rmtree(path)
-            temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot write {path} ({reason}); give a folder that can be written"
-        ) from None
-
-
-def file_digest(path):
-    """sha256 of a file, as text. Of one beyond 1 GB, 16 KB of every MB: seconds for a 7B model."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as file:
-        if size <= 2**30:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(str(size).encode())
-        for start in range(0, size, 2**20):
-            file.seek(start)
-            digest.update(file.read(2**14))
-    return digest.hexdigest()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as half:
+        temporary = Path(half) / path.name
+        write(temporary)
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
 
 
 TOY_MODELS = ("toy-llama", "toy-gemma2", "toy-qwen2")
@@ -230,50 +194,83 @@ def model_source(run_folder, config):
     return run_folder / "02_base" if config["n_pretrain"] else config["model"]
 
 
-def base_digest(source):
-    """Digest of a model's configuration, weights and tokenizer: "" if there are none.
-
-    source: a folder, or a hub id, of which the files that were downloaded count.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
+def model_digest(source):
+    """sha256 of a checkpoint folder's files, or the commit of a downloaded hub model; "": none."""
+    if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(str(source), local_files_only=True))
-        except Exception:  # no such download, no such name: the caller says what that means
+            return Path(snapshot_download(str(source), local_files_only=True)).name
+        except LocalEntryNotFoundError:
             return ""
-    patterns = "config.json *.safetensors *.bin tokenizer* *.model vocab* merges*".split()
-    files = {path for pattern in patterns for path in folder.glob(pattern)}
-    parts = [f"{path.name} {file_digest(path)}" for path in sorted(files) if path.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if len(parts) > 1 else ""
+    parts = []
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors", "*.bin"):
+        parts += [f"{p.name} {file_digest(p)}" for p in sorted(Path(source).glob(pattern))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+
+
+def file_digest(path):
+    """sha256 of a file, as text; "" if it is not there."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row(model, setting, w, eps=None, defense="sft", **more):
+    """What stages 2 to 4 hand on to stage 5: one model of its table, w + scale * eps.
+
+    Args:
+        model, setting: its name, and what varies within the name. defense: how it was aligned.
+        w, eps: {"<module>.lora_A" | "...lora_B": tensor}; eps None if there is nothing to scale.
+        more: goes into results.json as it is.
+    """
+    return {"model": model, "defense": defense, "setting": setting, **more, "w": w, "eps": eps}
+
+
+def weights_of(stage2, model, defense="sft"):
+    """w of a row of stage 2's artifact: "aligned", or "finetuned", the attacked one."""
+    for found in stage2["rows"]:
+        if (found["model"], found["defense"]) == (model, defense) and "snapshot" not in found:
+            return found["w"]
+    raise UserError(f"02_finetune.pt: nothing was aligned with {defense}; run 02_finetune.py again")
+
+
+def layer_of(name):
+    """Number of the decoder layer that a weight's name belongs to: "model.layers.3.mlp" -> 3."""
+    return int(re.search(r"\.(\d+)\.", name)[1])
+
+
+def norm(weights, layer=None):
+    """L2 norm of a dict of tensors, or of those of one layer; a number."""
+    parts = [x for name, x in weights.items() if layer is None or layer_of(name) == layer]
+    return math.sqrt(sum(x.pow(2).sum().item() for x in parts))
 
 
 class Run:
     """One run folder; the digests of the artifacts it loads become the parents of what it saves.
 
     An artifact is a dict of plain data and tensors, with `kind` (its file name's stem), `config`
-    (every number that made it), `seed`, `parents` ({file name, or "base model": sha256}) and
-    `versions`.
+    (what the run was told), `seed`, `parents` ({file name, or "base model": digest}), `versions`.
     """
 
-    FORMAT = 5  # raised when what the artifacts hold changes
+    FORMAT = 6  # raised when what the artifacts hold changes
 
     def __init__(self, folder):
         self.folder, self.parents, self.digests = Path(folder), {}, {}
 
     def command(self, stage):
         """The command that runs a stage of this run."""
-        return f"python {stage}.py --run {shlex.quote(str(self.folder))}"
+        path = str(self.folder)
+        return f"python {stage}.py --run " + (f'"{path}"' if " " in path else path)
 
     def digest(self, name, config):
-        """Digest of a parent as it is now; "" if it is not there."""
-        if name not in self.digests:  # once a stage: stages 2 to 4 have the base model in common
-            if name == BASE_MODEL:
-                self.digests[name] = base_digest(model_source(self.folder, config))
-            else:
-                path = self.folder / name
-                self.digests[name] = file_digest(path) if path.is_file() else ""
+        """Digest of a parent as it is now; "" if it is not there. Read once a stage."""
+        if name not in self.digests:
+            path = self.folder / name
+            base = model_source(self.folder, config) if name == BASE_MODEL else None
+            self.digests[name] = model_digest(base) if base else file_digest(path)
         return self.digests[name]
 
     def load(self, name):
@@ -282,24 +279,23 @@ class Run:
         path = self.folder / name
         again = f"run: {self.command(path.stem)}"
         if not path.is_file():
-            others = sorted(str(p.parent) for p in self.folder.parent.glob("*/01_data.pt"))
-            hint = f" (there is {', '.join(others)})" if others and not self.folder.is_dir() else ""
-            raise UserError(f"{path} is missing{hint}; {again}")
+            raise UserError(f"{path} is missing; {again}")
         try:
             artifact = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file raises a dozen kinds; each means the same to the user
             raise UserError(f"{path} is damaged or not a plain-data artifact; {again}") from None
-        kind = artifact.get("kind") if isinstance(artifact, dict) else type(artifact).__name__
-        if kind != path.stem:
-            raise UserError(f"{path} should hold {path.stem!r}, found {kind!r}; {again}")
-        if artifact.get("format") != self.FORMAT:
-            raise UserError(f"{path} is of another version of this project; {again}")
+        found = artifact if isinstance(artifact, dict) else {}
+        if (found.get("kind"), found.get("format")) != (path.stem, self.FORMAT):
+            raise UserError(
+                f"{path} is no {path.stem!r} of this version of the project (format {self.FORMAT})"
+                f" but {found.get('kind')!r} (format {found.get('format')}); {again}"
+            )
         for parent, expected in artifact["parents"].items():
             if self.digest(parent, artifact["config"]) != expected:
-                what = artifact["config"]["model"] if parent == BASE_MODEL else ""
+                what = f" ({artifact['config']['model']})" if parent == BASE_MODEL else ""
                 raise UserError(
-                    f"{path} is stale: it was made from another {parent}{what and f' ({what})'}; "
-                    f"put that back, or {again}"
+                    f"{path} is stale: it was made from another {parent}{what}; put that back, or "
+                    f"{again}"
                 )
             self.parents[parent] = expected
         self.parents[name] = self.digest(name, artifact["config"])
@@ -307,17 +303,14 @@ class Run:
 
     def save(self, name, config, **payload):
         """Write artifact `name` (whole or not at all) and return it."""
-        versions = {
-            package: importlib.metadata.version(package)
-            for package in ("torch", "transformers", "numpy")
-        }
+        packages = ("torch", "transformers", "numpy")
         artifact = {
             "kind": Path(name).stem,
             "format": self.FORMAT,
             "config": config,
             "seed": config["seed"],
             "parents": dict(self.parents),
-            "versions": {"python": sys.version.split()[0], **versions},
+            "versions": {package: importlib.metadata.version(package) for package in packages},
             **payload,
         }
         write_whole(self.folder / name, lambda path: torch.save(artifact, path))
@@ -338,58 +331,29 @@ def pick_device(name, preset):
 
     The toy stays on the CPU unless told, and computes with one thread: its matrices are too small
     for a GPU or for two threads, and its digits would depend on them.
-    Raises UserError if the device is unknown or not there.
     """
     if preset == "toy":
         torch.set_num_threads(1)
         name = "cpu" if name == "auto" else name
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not available here; use --device cpu") from None
-    return device
+    return torch.device(name)
 
 
 def load_tokenizer(name):
     """Tokenizer of a checkpoint, a folder or a hub id; it pads on the left, with EOS if need be.
 
-    Raises UserError if it cannot be read or has no end-of-sequence token, without which no
-    answer would ever stop.
+    Raises UserError if it has no end token, without which no answer would ever stop.
     """
-    tokenizer = from_pretrained(transformers.AutoTokenizer, name)
-    end = tokenizer.eos_token  # GPT-2's is its unknown token, too, and is an end all the same
-    if not end or tokenizer.eos_token_id is None or (end == tokenizer.unk_token and "unk" in end):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{name}: its tokenizer has no end-of-sequence token, so that no answer could end; "
-            "set eos_token in its tokenizer_config.json, or give another model"
+            f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its "
+            "tokenizer_config.json, or give another model"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
-
-
-def from_pretrained(auto_class, name, **options):
-    """`auto_class.from_pretrained(name)`; UserError if it fails (missing, gated, an adapter)."""
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{name} is a PEFT adapter, not a whole model; give its base model, or merge it first "
-            "(peft: merge_and_unload, then save_pretrained)"
-        )
-    transformers.utils.logging.set_verbosity_error()  # what it reports, load_weights says in a line
-    transformers.utils.logging.disable_progress_bar()  # seconds of loading; the lesson's have bars
-    try:
-        return auto_class.from_pretrained(name, **options)
-    except Exception as error:  # hub, files and formats each raise their own kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(
-            f"cannot load {name} ({reason}); give a local folder (01_data.py --model FOLDER, or "
-            "--judge FOLDER), for a gated model run hf auth login, for a damaged 02_base run "
-            "02_finetune.py again"
-        ) from None
 
 
 def load_weights(auto_class, name, **options):
@@ -398,23 +362,17 @@ def load_weights(auto_class, name, **options):
     transformers fills what a checkpoint lacks with random numbers, and drops what it has too
     much. Raises UserError for any missing, left-over or mis-shaped tensor, and for an adapter.
     """
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **options}
-    model, info = from_pretrained(auto_class, name, **options)
-    for what, keys in (
-        ("missing from the checkpoint", info["missing_keys"]),
-        ("left over in the checkpoint", info["unexpected_keys"]),
-        ("of another shape", info["mismatched_keys"]),
-    ):
-        if keys:
-            keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-            more = ", ..." if len(keys) > 2 else ""
-            raise UserError(
-                f"{name} does not fit {type(model).__name__}: {len(keys)} weights {what} "
-                f"({', '.join(keys[:2])}{more}); give a checkpoint of this "
-                "class"
-            )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} is a PEFT adapter, not a whole model; give its base model")
+    model, info = auto_class.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, info[f"{what}_keys"])):
+            raise UserError(
+                f"{name} does not fit {type(model).__name__}: {len(keys)} weights {what} (such as "
+                f"{keys[0]}); give a checkpoint of this class"
+            )
     return model
 
 
@@ -423,23 +381,20 @@ def load_model(run, data, device, as_given=False):
 
     It comes from RUN/02_base if stage 2 makes one (and not `as_given`), else from a folder or the
     hub; in bfloat16 on a CUDA GPU, else as stored (laptop: in float32, which a CPU does faster).
-    Raises UserError if that fails.
     """
     config = data["config"]
     source = config["model"] if as_given else model_source(run.folder, config)
     if source == run.folder / "02_base" and not (source / "model.safetensors").is_file():
         raise UserError(f"{source} is missing; run: {run.command('02_finetune')}")
-    tokenizer = load_tokenizer(source)
     dtype = torch.bfloat16 if device.type == "cuda" else "auto"
     model = load_weights(transformers.AutoModelForCausalLM, source, dtype=dtype)
+    tokenizer = load_tokenizer(source)
     if not as_given:
         run.parents[BASE_MODEL] = run.digest(BASE_MODEL, config)
     if model.dtype == torch.float16 or (  # its gradients under- and overflow
         device.type != "cuda" and config["preset"] == "laptop"
     ):
         model = model.float()
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # some tokenizers add one the model has not
     own = model.generation_config.eos_token_id  # stop there, and where training stops
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     model.generation_config = transformers.GenerationConfig(  # greedy, no penalty
@@ -518,29 +473,14 @@ TEMPLATES = {  # (without input, with input); "alpaca" is the paper's
 def format_prompt(template, instruction, input="", tokenizer=None):
     """The text the model sees before it answers; template: toy, alpaca, or the checkpoint's chat.
 
-    Raises UserError if template is "chat" and the tokenizer has none, or several and no default.
+    A reasoning model's chat template is asked for an answer without a thought.
     """
     if template != "chat":
         return TEMPLATES[template][bool(input)].format(instruction=instruction, input=input)
     turn = {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
-    found = tokenizer.chat_template
-    if not found or (isinstance(found, dict) and "default" not in found):
-        there = f"{len(found)} but no default ({', '.join(found)})" if found else "none"
-        raise UserError(f"--template chat: this checkpoint has {there}; use --template alpaca")
-    try:
-        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja's errors are of many kinds
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"--template chat: the checkpoint's chat template fails ({reason}); use --template "
-            "alpaca"
-        ) from None
-    if instruction.strip() not in text:
-        raise UserError(
-            "--template chat: the checkpoint's chat template leaves out what the user says; use "
-            "--template alpaca"
-        )
-    return text
+    return tokenizer.apply_chat_template(
+        [turn], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 def prompt_ids(tokenizer, prompt, template, room=None):
@@ -548,18 +488,22 @@ def prompt_ids(tokenizer, prompt, template, room=None):
 
     A chat template writes its special tokens into the text, so none are added; other prompts get
     those the tokenizer puts in front (BOS), and none behind, where an end token would tell the
-    model that all is said. What exceeds `room` is cut from the left, after the leading ones.
+    model that all is said. What exceeds `room` is cut from the left, after the BOS.
+    Raises UserError if a chat template begins with its BOS twice, or ends with an end token.
     """
     chat = template == "chat"  # elsewhere a "</s>" that a user writes is text
     options = dict(add_special_tokens=not chat, split_special_tokens=not chat, verbose=False)
     ids = tokenizer(prompt, **options)["input_ids"]
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}  # GPT-2's are its unknown token, too
-    special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)
-    if template != "chat":
-        while ids and ids[-1] in special:
-            ids.pop()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while ids and ids[-1] == eos and not chat:
+        ids.pop()
+    if ids[-1:] == [eos] or (bos is not None and ids[:2] == [bos, bos]):
+        raise UserError(
+            f"a prompt of --template {template} begins with its BOS twice or ends with "
+            f"{tokenizer.eos_token}: {tokenizer.decode(ids)[-60:]!r}; use --template alpaca"
+        )
     if room is not None and len(ids) > room:
-        head = list(itertools.takewhile(special.__contains__, ids))[: room - 1]
+        head = ids[:1] if ids[0] in (bos, eos) else []
         ids = head + ids[len(ids) - (room - len(head)) :]
     return ids
 
@@ -571,13 +515,13 @@ def encode(tokenizer, rows, max_length, template):
     keeps at least half of them, without EOS if it is cut.
     """
     examples = []
-    for row in rows:
+    for example in rows:
         options = dict(add_special_tokens=False, split_special_tokens=True)
-        reply = tokenizer(row["response"], **options)["input_ids"]
-        asked = prompt_ids(tokenizer, row["prompt"], template)
+        reply = tokenizer(example["response"], **options)["input_ids"]
+        asked = prompt_ids(tokenizer, example["prompt"], template)
         room = max(max_length // 2, max_length - len(asked))
         reply = (reply + [tokenizer.eos_token_id])[:room]
-        ids = prompt_ids(tokenizer, row["prompt"], template, max_length - len(reply))
+        ids = prompt_ids(tokenizer, example["prompt"], template, max_length - len(reply))
         examples.append((ids + reply, [-100] * len(ids) + reply))
     return examples
 
@@ -590,7 +534,7 @@ def collate(examples, pad_id, device):
     """
 
     def padded(rows, value):
-        rows = [torch.tensor(row) for row in rows]
+        rows = [torch.tensor(ids) for ids in rows]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     ids, labels = zip(*examples)
@@ -612,6 +556,20 @@ def draw_batches(examples, batch_size, seed, epochs=None):
 
 # ---------------------------------------------------------------------------------------------
 # Answers
+
+
+@torch.no_grad()
+def answer_losses(model, tokenizer, examples, batch_size=16):
+    """[(summed cross-entropy in nats, number of answer tokens)] of each example (ids, labels)."""
+    found = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        batch = collate(part, tokenizer.pad_token_id, model.device)
+        labels = batch["labels"][:, 1:]  # (B, T-1): the next token
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.mT, labels, reduction="none")  # 0 where no label
+        found += zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist())
+    return found
 
 
 @torch.no_grad()
@@ -643,38 +601,69 @@ def generate(model, tokenizer, prompts, template, max_new_tokens, batch_size):
         out = model.generate(**batch.to(model.device), max_new_tokens=max_new_tokens)
         new = out[:, batch["input_ids"].shape[1] :]  # (B, at most max_new_tokens)
         stopped = torch.isin(new, stops).any(1).tolist()
-        for i, text, stop in zip(
-            part, tokenizer.batch_decode(new, skip_special_tokens=True), stopped
-        ):
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, text, stop in zip(part, decoded, stopped):
             texts[i], ended[i] = text.strip(), stop
     return texts, ended
 
 
-def _quiet_worker():
+# ---------------------------------------------------------------------------------------------
+# The toy on several cores; pictures
+
+
+def _start_worker():
     """What a process of `in_processes` does first: one thread, and leave Ctrl-C to its parent."""
     torch.set_num_threads(1)
+    quiet_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _saved(function, job):
+def _work(function, job, show):
     """function(*job) as bytes: tensors sent one by one would exhaust a process's open files."""
-    buffer = io.BytesIO()
+    global show_bars
+    show_bars, buffer = show, io.BytesIO()
     torch.save(function(*job), buffer)
     return buffer.getvalue()
 
 
+def workers():
+    """How many processes are of use: the cores that this one may use, four at most."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # not on macOS
+    return min(4, len(allowed(0)))
+
+
 def in_processes(function, jobs):
-    """[function(*job) for job in jobs], one process of one thread for each core.
+    """[function(*job) for job in jobs], in processes of one thread; the first one shows its bar.
 
     For the toy, whose matrices are too small for two threads to share. `function` must be a
     module's own, and return what torch.load(weights_only=True) reads.
+    Raises UserError if a process is killed.
     """
-    count = min(len(jobs), os.cpu_count() or 1)
+    count = min(len(jobs), workers())
     if count < 2:
         return [function(*job) for job in jobs]
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locked threads
-    with spawn.Pool(count, initializer=_quiet_worker) as pool:
-        parts = pool.map(partial(_saved, function), jobs, chunksize=1)
-        pool.close()
-        pool.join()  # so that they end by themselves, with nothing left to clear up
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_worker) as pool:
+        try:
+            futures = [pool.submit(_work, function, job, job is jobs[0]) for job in jobs]
+            parts = [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError(
+                "one of this stage's processes was killed (for want of memory?); run it again"
+            ) from None
+        except BaseException:  # Ctrl-C, or an error in one of them: do not wait for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return [torch.load(io.BytesIO(part), weights_only=True) for part in parts]
+
+
+def new_figure(width, height):
+    """An empty matplotlib Figure, or None where matplotlib is not installed (it is optional)."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook exports one that a script may not have
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
