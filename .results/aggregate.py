@@ -11,7 +11,10 @@ Runs belong together if they asked the same question: the same preset, model, ta
 poison, alignment and attack. Rows carry their own settings, so a repair of your own needs no line
 here. A table on a page stands after a comment that says what it is made of:
 
-    <!-- table: rows .results/toy/seed* | hs hs_plus refusal fa benign | sd -->
+    <!-- table: rows .results/toy/seed* | hs hs_plus refusal fa benign | sd all -->
+
+With the word `all` the table must show every row that the json gives; else a page may leave out
+rows.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
-LOSSES = ("h", "a", "harmful_loss")
+LOSSES = ("h", "a")
 QUESTION = (  # what a run asks; runs that differ in these have no mean
     *("preset", "model", "task", "harm", "template", "poison_ratio", "n_align", "n_finetune"),
     *("n_harmful", "n_test", "align_epochs", "align_lr", "epochs", "lr", "batch_size", "r"),
@@ -206,7 +209,7 @@ def table_rows(pattern, columns, options):
     table = [("row", columns)]
     for name, entry in summarise(found, against.replace("~", " ")).items():
         row = entry["row"]
-        if "snapshot" not in row and "view" not in row and "step" not in row["setting"]:
+        if "snapshot" not in row and "view" not in row:
             table.append((name, [number(entry, key, "sd" in options) for key in columns]))
     return table
 
@@ -249,12 +252,12 @@ def table_chosen(pattern, columns, options):
 
 
 def table_fall(pattern, columns, options):
-    """Harmful loss / HS against fine-tuning step, by defence: Fig. 3."""
+    """Harmful loss h / HS against fine-tuning step, by defence: Fig. 3."""
     (found,) = group(files(pattern))
     curves = {}
     for entry in summarise(found).values():
         if "at_step" in entry:
-            text = f"{entry['harmful_loss']:.2f} / {entry['hs']:.0f}"
+            text = f"{entry['h']:.2f} / {entry['hs']:.0f}"
             curves.setdefault(entry["row"]["defense"], {})[round(entry["at_step"])] = text
     steps = sorted({step for points in curves.values() for step in points})
     table = [("step", [str(step) for step in steps])]
@@ -358,18 +361,16 @@ def mapped_runs(pattern):
     """
     found = []
     for folder in files(pattern):
-        results = read(folder)
         rows = {}
-        for row in results["rows"]:
+        for row in read(folder)["rows"]:
             if "snapshot" not in row and "view" not in row and row["defense"] == "sft":
                 if row["setting"].get("scale", 1) == 1:
                     rows[row["model"]] = row
-        attack = results["config"]["attack"]
-        rho = rows["panacea"]["setting"]["rho"]
-        known = (rows["finetuned"]["refusal"], attack["h"], attack["distance"])
-        run = dict(zip(KNOWN, (*known, rho / attack["distance"])))
-        if "h_eps" in results["config"]:
-            first, last = results["config"]["h_eps"]
+        attacked, rho = rows["finetuned"], rows["panacea"]["setting"]["rho"]
+        known = [attacked[key] for key in ("refusal", "h", "distance")]
+        run = dict(zip(KNOWN, (*known, rho / attacked["distance"])))
+        if "h_eps" in rows["panacea"]:
+            first, last = rows["panacea"]["h_eps"]
             run[RISE] = last - first
         for model, row in rows.items():
             run.update({f"{model}:{key}": row[key] for key in SCORES})
@@ -395,15 +396,10 @@ def table_ends(pattern, columns, options):
     """
     runs = []
     for folder in files(pattern):
-        results = read(folder)
-        if "h_eps" in results["config"]:
-            (row,) = (
-                row
-                for row in results["rows"]
-                if row["model"] == "panacea" and row["setting"].get("scale") == 1
-            )
-            name = str(Path(folder).relative_to(ROOT / ".results"))
-            runs.append((name, results["config"]["h_eps"], {**row, **row["outcomes"]}))
+        for row in read(folder)["rows"]:
+            if "h_eps" in row and row["setting"].get("scale") == 1:
+                name = str(Path(folder).relative_to(ROOT / ".results"))
+                runs.append((name, row["h_eps"], {**row, **row["outcomes"]}))
     if not runs:
         raise Wrong(f"no run of {pattern} knows h_eps")
     runs.sort(key=lambda run: run[1][1] - run[1][0])
@@ -433,9 +429,10 @@ MARK = re.compile(r"<!-- table: (\w+) (\S+) \| ([^|]*?) \| (.*?) -->\n\n((?:\|.*
 
 
 def made(match):
-    """The table that a mark asks for, as [(label, cells)]; a page may leave out rows."""
-    kind, pattern, columns, options = match[1], match[2], match[3].split(), match[4].split()
-    return KINDS[kind](pattern, columns, options)
+    """(the head, the rows {label: cells}) of the table that a mark asks for."""
+    options = [word for word in match[4].split() if word != "all"]
+    head, *rows = KINDS[match[1]](match[2], match[3].split(), options)
+    return head, dict(rows)
 
 
 def cells_of(line):
@@ -449,45 +446,51 @@ def label_in(cell):
     return code[1] if code else cell
 
 
+def missing(match, wanted):
+    """Labels of the rows that a marked table has to show and lacks."""
+    shown = {label_in(cells_of(line)[0]) for line in match[5].splitlines()[2:]}
+    return [name for name in wanted if name not in shown and "all" in match[4].split()]
+
+
 def differences(path):
     """Cells of a page's marked tables that differ from what the kept json gives, as lines."""
     wrong = []
     for match in MARK.finditer(path.read_text(encoding="utf-8")):
-        lines = match[5].splitlines()
-        wanted = dict(made(match)[1:])
-        width = len(made(match)[0][1])
-        for line in lines[2:]:
+        lines, (head, wanted) = match[5].splitlines()[2:], made(match)
+        for line in lines:
             cells = cells_of(line)
-            name, shown = label_in(cells[0]), cells[-width:]
+            name, shown = label_in(cells[0]), cells[-len(head[1]) :]
             if name not in wanted:
                 wrong.append(f"{path.name}: {name!r} is no row of {match[2]}")
             elif shown != wanted[name]:
                 wrong.append(f"{path.name}: {name}: shown {shown}, kept {wanted[name]}")
-        if not lines[2:]:
+        if not lines:
             wrong.append(f"{path.name}: the table of {match[2]} is empty")
+        for name in missing(match, wanted):
+            wrong.append(f"{path.name}: {name}: a row of {match[2]} that the page lacks")
     return wrong
 
 
 def rewritten(match):
     """A marked table with its numbers made again; what was written by hand stays.
 
-    A mark without a table, or with one of other columns, gets the whole one.
+    A mark without a table, or with one of other columns, gets the whole one; rows that a table of
+    `all` lacks come last.
     """
-    table, lines = made(match), match[5].splitlines()
-    head = f"<!-- table: {match[1]} {match[2]} | {match[3]} | {match[4]} -->\n\n"
-    if len(lines) < 3 or len(cells_of(lines[0])) != 1 + len(table[0][1]):
-        text = [f"| {' | '.join([table[0][0], *table[0][1]])} |"]
-        text.append("|" + "---|" * (1 + len(table[0][1])))
-        text += [f"| {' | '.join([f'`{name}`', *cells])} |" for name, cells in table[1:]]
-    else:
-        wanted, text = dict(table[1:]), lines[:2]
-        for line in lines[2:]:
-            cells = cells_of(line)
-            if label_in(cells[0]) not in wanted:
-                raise Wrong(f"{label_in(cells[0])!r} is no row of {match[2]}; delete the table")
-            new = wanted[label_in(cells[0])]
-            text.append(f"| {' | '.join([*cells[: len(cells) - len(new)], *new])} |")
-    return head + "\n".join(text) + ("\n" if match[5] else "\n\n")
+    (head, wanted), lines = made(match), match[5].splitlines()
+    text, names = lines[:2], missing(match, wanted)
+    if len(lines) < 3 or len(cells_of(lines[0])) != 1 + len(head[1]):
+        text = [f"| {' | '.join([head[0], *head[1]])} |", "|" + "---|" * (1 + len(head[1]))]
+        lines, names = [], wanted
+    for line in lines[2:]:
+        cells = cells_of(line)
+        if label_in(cells[0]) not in wanted:
+            raise Wrong(f"{label_in(cells[0])!r} is no row of {match[2]}; delete the table")
+        new = wanted[label_in(cells[0])]
+        text.append(f"| {' | '.join([*cells[: len(cells) - len(new)], *new])} |")
+    text += [f"| {' | '.join([f'`{name}`', *wanted[name]])} |" for name in names]
+    mark = f"<!-- table: {match[1]} {match[2]} | {match[3]} | {match[4]} -->\n\n"
+    return mark + "\n".join(text) + ("\n" if match[5] else "\n\n")
 
 
 PAGES = (ROOT / "README.md", HERE / "README.md")

@@ -36,46 +36,43 @@ def look(seed, args):
     c = {**data["config"], **common.resolve(None, s2.FLAGS, preset)}
     c.update(common.resolve(None, s5.FLAGS, preset), align_epochs=max(DEPTHS[preset]), snapshots=0)
     device = common.pick_device("cpu", preset)
-    s2.make_base(run, data, c, device)
+    s2.pretrain(run, data, c, device)
     model, tokenizer = common.load_model(run, data, device)
     plain, _ = common.load_model(run, data, device)
     judge = s5.make_judge("auto", data, device)
     reader = s5.as_it_came(run, data, device) or (plain, tokenizer)
     w, examples = s2.adapt(model, tokenizer, data, c)
-    refusals = [{**row, "response": row["refusal"]} for row in data["test_harmful"]]
-    refusals = common.encode(tokenizer, refusals, c["max_length"], c["template"])
+    pad_id, size = tokenizer.pad_token_id, c["align_batch_size"]
 
     def scored(weights, **row):
-        tests = ("test_harmful", "test_task", "test_benign")
-        texts = s5.answer_tests(plain, tokenizer, data, weights, c, tests)
-        judge.listen(*reader, data, [x for n in tests if n != "test_task" for x in texts[n][0]])
+        """(the row with what its model answers and h, its a)."""
+        asked = [common.row("", {}, weights)]
+        ((texts, losses),) = s5.answer_all(plain, tokenizer, data, asked, c)
+        if isinstance(judge, s5.RealJudge):
+            judge.read(*reader, data, [texts])
         scores = s5.score(judge, data, {name: answers for name, (answers, _) in texts.items()})
         kept = {key: scores[key] for key in ("outcomes", "fa", "benign")}
-        h = s2.mean_loss(model, examples["test_harmful"], tokenizer.pad_token_id, device, 50)
-        return {"seed": seed, "task": task, **row, **kept, "h": h}
+        return {"seed": seed, "task": task, **row, **kept, "h": losses["h"]}, losses["a"]
 
     # one alignment of most epochs, which begins as every shorter one does; stopped on the way
-    per_epoch, rows, at_depth = s2.steps_of(examples["alignment"], c["align_batch_size"], 1), [], {}
+    per_epoch, rows, at_depth = math.ceil(len(examples["alignment"]) / size), [], {}
     torch.manual_seed(seed)
-    batches = common.draw_batches(
-        examples["alignment"], c["align_batch_size"], seed, c["align_epochs"]
-    )
-    pairs = ((common.collate(b, tokenizer.pad_token_id, device), None) for b in batches)
+    batches = common.draw_batches(examples["alignment"], size, seed, c["align_epochs"])
+    pairs = ((common.collate(part, pad_id, device), None) for part in batches)
     steps = per_epoch * c["align_epochs"]
     for step, _ in s2.train(model, w, s2.sft_rule, pairs, steps, c["align_lr"], c, "align"):
         if step % per_epoch == 0 and step // per_epoch in DEPTHS[preset]:
-            weights = s2.copy_of(w)
-            a = s2.mean_loss(model, refusals, tokenizer.pad_token_id, device, 50)
-            row = scored(weights, model="aligned", depth=step // per_epoch)
-            rows.append({**row, "probability": math.exp(-a)})
-            at_depth[step // per_epoch] = weights
+            at_depth[step // per_epoch] = s2.copy_of(w)
+    for reached, weights in at_depth.items():
+        row, a = scored(weights, model="aligned", depth=reached)
+        rows.append({**row, "probability": math.exp(-a)})
     for lr in args.lrs or LRS[preset]:
         s2.put(w, at_depth[depth])
-        pad_id = tokenizer.pad_token_id
         s2.attack(model, w, "sft", examples, pad_id, {**c, "lr": lr})
         weights = s2.copy_of(w)
-        far = s2.global_norm([weights[k] - at_depth[depth][k] for k in weights]).item()
-        rows.append({**scored(weights, model="finetuned", depth=depth, lr=lr), "distance": far})
+        far = common.norm({name: x - at_depth[depth][name] for name, x in weights.items()})
+        row, _ = scored(weights, model="finetuned", depth=depth, lr=lr)
+        rows.append({**row, "distance": far})
     return rows
 
 

@@ -185,10 +185,10 @@ def after_training(toy):
         "one-shot eps": lambda: toy.s4.perturbation(
             toy.s4.gradient(toy.loss, params, harmful)[0], c["rho"]
         ),
-        "anchored eps": lambda: toy.s4.anchored_perturbation(
-            toy.loss, params, itertools.repeat((h, a, g)), [1.0, -3.0, -1.0], 1.0, 5
+        "anchored eps": lambda: toy.s4.climb(
+            toy.loss, params, itertools.repeat((h, a, g)), (1.0, -3.0, -1.0), 1.0, 5
         ),
-        "realign": lambda: toy.s4.realign(toy.loss, params, itertools.repeat((a,)), 20, 1e-3, 0.1),
+        "realign": lambda: toy.s4.realign(toy.loss, params, itertools.repeat(a), 20, 1e-3, 0.1),
     }
     table(
         f"a tenth of fine-tuning ({len(tenth)} steps) = 1; the whole of each repair",

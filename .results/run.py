@@ -1,7 +1,8 @@
 """Make the runs behind the tables: `python .results/run.py NAME`, two at a time, one thread each.
 
 NAME is one of those that --list prints, each with its number of runs. A run is the six stages in
-runs/lab/NAME/RUN; its results.json and layers.json are then kept, a row a line, in
+runs/lab/NAME/RUN, with the rows of grid.py before stage 5 where an experiment asks for them; its
+results.json and layers.json are then kept, a row a line, in
 .results/NAME/RUN. A run that is kept already is not made again, so that an interrupted command
 goes on where it was. Runs of one seed share their base model, which depends on it alone.
 """
@@ -27,15 +28,16 @@ FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows
 LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
 
 
-def job(name, **flags):
-    """(name of a run, {stage number: flags}); given as s1="--seed 3", s2=..."""
-    return name, {int(key[1:]): text for key, text in flags.items()}
+def job(name, grid="", **flags):
+    """(name of a run, {stage number, or "grid": flags}); given as s1="--seed 3", s2=..."""
+    return name, {"grid": grid, **{int(key[1:]): text for key, text in flags.items()}}
 
 
 def with_flags(jobs, common):
-    """The jobs with the flags of `common`, {stage: text}, put before their own."""
+    """The jobs with the flags of `common`, {stage, or "grid": text}, put before their own."""
+    keys = (*range(1, 7), "grid")
     return [
-        (name, {k: f"{common.get(k, '')} {flags.get(k, '')}".strip() for k in range(1, 7)})
+        (name, {k: f"{common.get(k, '')} {flags.get(k, '')}".strip() for k in keys})
         for name, flags in jobs
     ]
 
@@ -125,8 +127,8 @@ def experiments():
             2: SFT,
             3: "--std .04 .05 .06 .065 .07 .08 .09 .1 --t .1 .2 .3 .4 .5 .6 .7 .8 "
             "--share .001 .002 .005 .01 .02 .03 .05 .1",
-            4: "--anchored-terms a h-a h-a-g --radius .1 .2 .3 .5 --anchored-steps 5 10 "
-            "--realign-terms a a+g --realign-lr 1.5e-4 3e-4 6e-4 1e-3 --realign-steps 10 20",
+            "grid": "anchored terms=a,h-a,h-a-g radius=.1,.2,.3,.5 steps=5,10 "
+            "realign terms=a,a+g lr=1.5e-4,3e-4,6e-4,1e-3 steps=10,20",
             5: "--scale 1 --no-causal",
         },
     )
@@ -146,13 +148,14 @@ def of_a_real_llm():
     found["laptop-clean"] = with_flags([job("seed0", s1="--seed 0 --poison-ratio 0")], laptop)
     few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1"}
     # the map of lam and the tuning in one; lam = 0 is one_shot
-    more = "--radius 0.2 0.3 0.5 --realign-terms a a+g --realign-lr 3e-4 1e-3"  # once is enough
+    more = "anchored radius=.2,.3,.5 realign terms=a,a+g lr=3e-4,1e-3"  # once is enough
     found["tuning-laptop"] = with_flags(
         [
             job(
                 f"lam{lam}-seed{s}",
                 s1=f"--seed {s}",
-                s4=f"--lam {lam} {more if lam == '0.1' else '--radius 0 --realign-lr 0'}",
+                s4=f"--lam {lam}" + (lam != "0.1") * " --radius 0 --realign-lr 0",
+                grid=(lam == "0.1") * more,
             )
             for s, lams in ((100, "0.1 0.3 0.03 0.01 0.001"), (101, "0.1 0.03"), (102, "0.1 0.03"))
             for lam in lams.split()
@@ -163,7 +166,7 @@ def of_a_real_llm():
         [  # beside the default, 1e-4; this has the paper's ratio to alignment's rate
             job(f"lr4e-5-seed{s}", s1=f"--seed {s}", s5="" if s else "--causal") for s in range(3)
         ],
-        {**laptop, 2: "--lr 4e-5", 4: "--realign-terms a a+g"},
+        {**laptop, 2: "--lr 4e-5", "grid": "realign terms=a+g"},
     ) + with_flags([job("lr4e-4-seed0", s1="--seed 0", s2="--lr 4e-4")], few)
     return found
 
@@ -235,13 +238,20 @@ def make(experiment, name, flags, more, until, threads):
         shutil.copytree(base, folder / "02_base")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "log", "a") as log:
+
+        def failed(script, words):
+            command = [sys.executable, str(script), *words]
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+            return done.returncode
+
         for k, stage in enumerate(STAGES[:until], 1):
             if (folder / f"{stage}.pt").is_file():
                 continue
-            command = [sys.executable, str(ROOT / f"{stage}.py"), "--run", str(folder)]
-            command += flags.get(k, "").split() + (more.split() if k == 1 else [])
-            result = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
-            if result.returncode:
+            if k == 5 and flags.get("grid"):
+                if failed(HERE / "grid.py", [str(folder), *flags["grid"].split()]):
+                    return f"{experiment}/{name}: grid failed; see {folder / 'log'}"
+            words = flags.get(k, "").split() + (more.split() if k == 1 else [])
+            if failed(ROOT / f"{stage}.py", ["--run", str(folder), *words]):
                 return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
             if k == 2 and not base.is_dir() and (folder / "02_base").is_dir():
                 shutil.copytree(folder / "02_base", base, dirs_exist_ok=True)

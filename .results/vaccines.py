@@ -46,7 +46,7 @@ def prepare(folder, seed):
         data = s1.main(["--run", str(folder), "--seed", str(seed)])
         c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy")}
         c.update(common.resolve(None, s5.FLAGS, "toy"), snapshots=0)
-        s2.make_base(common.Run(folder), data, c, common.pick_device("cpu", "toy"))
+        s2.pretrain(common.Run(folder), data, c, common.pick_device("cpu", "toy"))
     return data, c
 
 
@@ -64,18 +64,15 @@ def look(folder, data, c, defense, setting):
     model, tokenizer = common.load_model(run, data, device)
     plain, _ = common.load_model(run, data, device)
     w, examples = s2.adapt(model, tokenizer, data, c)
-    pad_id = tokenizer.pad_token_id
+    judge, pad_id, rows = s5.make_judge("auto", data, device), tokenizer.pad_token_id, []
     with quiet():
-        found = s2.align_and_attack(model, w, defense, examples, pad_id, {**c, **setting})
-    judge, rows = s5.make_judge("auto", data, device), []
-    for name in ("aligned", "finetuned"):
-        tests = ("test_harmful", "test_task", "test_benign")
-        texts = s5.answer_tests(plain, tokenizer, data, found[name], c, tests)
+        made, _ = s2.align_and_attack(model, w, defense, examples, pad_id, {**c, **setting})
+        found = s5.answer_all(plain, tokenizer, data, made, c)
+    for row, (texts, _) in zip(made, found):
         scores = s5.score(judge, data, {key: answers for key, (answers, _) in texts.items()})
         kept = {key: scores[key] for key in ("hs", "hs_plus", "refusal", "fa", "benign")}
-        rows.append(
-            {"seed": c["seed"], "defense": defense, "setting": setting, "model": name, **kept}
-        )
+        named = {"defense": defense, "setting": setting, "model": row["model"]}
+        rows.append({"seed": c["seed"], **named, **kept})
     return rows
 
 

@@ -94,18 +94,52 @@ def _example():
 
 
 def check_perturbation(fn):
-    """Eq. 2: fn(grad_h, rho) -> eps."""
-    grad = [torch.tensor([3.0, 0.0]), torch.tensor([[0.0, 4.0]])]
+    """Eq. 2: fn(grad_h, rho) -> eps; UserError where grad_h has no direction."""
+    grad = [torch.tensor([3.0, 4.0]), torch.tensor([[0.0, 12.0]])]
+    whole, each = 13.0, (5.0, 12.0)  # one norm over both tensors; the norm of each
     eps = _eps(fn, grad, 0.5)
+    slips = {
+        "rho is forgotten: eps has norm 1, and must have norm rho": [x / whole for x in grad],
+        "the square root is forgotten: ||grad h|| is the root of the sum of squares": [
+            0.5 * x / whole**2 for x in grad
+        ],
+        "one norm for each tensor, as it seems; Eq. 2 has one norm for all tensors together": [
+            0.5 * x / n for x, n in zip(grad, each)
+        ],
+        "nothing is normalised: divide by ||grad h||": [0.5 * x for x in grad],
+        "the norms of the tensors are added up; one norm over all is the root of all squares": [
+            0.5 * x / sum(each) for x in grad
+        ],
+        "eps points downhill; Eq. 2 climbs h: + grad h, not - grad h": [
+            -0.5 * x / whole for x in grad
+        ],
+        "eps is multiplied by the norm; divide by it": [0.5 * x * whole for x in grad],
+        "the largest entry counts as the norm; the L2 norm is the root of the sum of squares": [
+            0.5 * x / 12.0 for x in grad
+        ],
+        "the norm is a sum of |entries|; the L2 norm is the root of the sum of squares": [
+            0.5 * x / 19.0 for x in grad
+        ],
+    }
+    for message, value in slips.items():
+        assert not _close(eps, value), message
     norm = _norm(eps)
-    assert abs(norm - 0.5) < 1e-6, (
-        f"||eps|| over ALL tensors must be rho = 0.5, found {norm:.4f}: "
-        "one norm for all tensors together"
-    )
-    wanted = [torch.tensor([0.3, 0.0]), torch.tensor([[0.0, 0.4]])]
-    assert _dot(eps, wanted) > 0, "eps points downhill; Eq. 2 climbs h: + grad h, not - grad h"
-    for e, x in zip(eps, wanted):
-        assert torch.allclose(e, x), f"closed form: rho * grad / ||grad||, wanted {x}, found {e}"
+    assert abs(norm - 0.5) < 1e-6, f"||eps|| over ALL tensors must be rho = 0.5, found {norm:.4f}"
+    for e, x in zip(eps, grad):
+        assert torch.allclose(e, 0.5 * x / whole), (
+            f"closed form: rho * grad / ||grad||, wanted {0.5 * x / whole}, found {e}"
+        )
+    UserError = importlib.import_module("common").UserError
+    for value in (0.0, float("nan"), float("inf")):
+        said = None
+        try:
+            fn([torch.full((2,), value), torch.zeros(1)], 0.5)
+        except Exception as error:
+            said = error
+        assert isinstance(said, UserError), (
+            f"a gradient of {value} has no direction: raise UserError, as the docstring says, "
+            "found " + (f"{type(said).__name__}: {said}" if said else "an eps")
+        )
 
 
 def _quadratics():
@@ -157,7 +191,8 @@ def check_panacea_rule(fn):
     w, c, loss = _quadratics()
     start = [x.detach().clone() for x in w]
     rho, lam = 0.7, 0.3
-    grads, eps, losses = _parts(fn(loss, w, "user", "harmful", rho, lam))
+    made = fn(loss, w, "user", "harmful", rho, lam)
+    grads, eps, losses = _parts(made)
     assert _same(w, start), "w is not what it was, bit for bit; keep a copy and copy it back"
     grads, eps = _tensors(grads, start, "the gradient"), _tensors(eps, start, "eps")
     _losses(losses)
@@ -172,7 +207,29 @@ def check_panacea_rule(fn):
     grad_g = [x - 1 for x in start]
     rise = [k * rho * y / norm for k, y in zip(c, grad_h)]
     wanted = [x - lam * r for x, r in zip(grad_g, rise)]
+    at_user = [x - 1 + rho * y / norm for x, y in zip(start, grad_h)]  # grad g(w + eps)
     wrong = {
+        "h(w + eps) is taken on the user's batch; both gradients of h want the harmful one": [
+            x - lam * (z - y) for x, y, z in zip(grad_g, grad_h, at_user)
+        ],
+        "both gradients of the difference are of g; Eq. 3 takes those of h": [
+            x - lam * (z - x) for x, z in zip(grad_g, at_user)
+        ],
+        "lam stands at grad g; it weighs the difference of the gradients of h": [
+            lam * x - r for x, r in zip(grad_g, rise)
+        ],
+        "lam weighs the whole of it; it belongs to the difference of the gradients of h": [
+            lam * (x - r) for x, r in zip(grad_g, rise)
+        ],
+        "lam weighs grad h(w + eps) only; it weighs the difference": [
+            x - (lam * (y + r) - y) for x, y, r in zip(grad_g, grad_h, rise)
+        ],
+        "grad h(w + eps) is missing: Eq. 3 has a difference of two gradients": [
+            x + lam * y for x, y in zip(grad_g, grad_h)
+        ],
+        "grad g is missing: Eq. 3 also learns the user's task": [-lam * r for r in rise],
+        "the difference of gradients is missing or zero: this is plain fine-tuning, grad g(w); "
+        "h wants w + eps the second time (with perturbed(w, eps): ...)": grad_g,
         "the sign of lam is wrong: Eq. 3 subtracts lam * (grad h(w + eps) - grad h(w))": [
             x + lam * r for x, r in zip(grad_g, rise)
         ],
@@ -182,7 +239,6 @@ def check_panacea_rule(fn):
         "lam is missing: Eq. 3 weighs the difference of gradients with it": [
             x - r for x, r in zip(grad_g, rise)
         ],
-        "the difference of gradients is missing: this is plain fine-tuning, grad g(w)": grad_g,
         "grad g is taken at w + eps; Eq. 3 takes it at w": [
             x + rho * y / norm - lam * r for x, y, r in zip(grad_g, grad_h, rise)
         ],
@@ -392,7 +448,7 @@ def check_silent_bug(letter):
 
 
 SAME = ("model", "task", "harm", "seed", "poison_ratio", "n_align", "n_finetune", "n_harmful")
-SAME += ("align_epochs", "align_lr", "epochs", "rho", "lam", "panacea_epochs")
+SAME += ("align_epochs", "align_lr", "epochs", "rho", "lam")
 
 
 def _runs(folders):
@@ -473,6 +529,50 @@ def check_border(folders, grows):
 
 
 # ---------------------------------------------------------------------------------------------
+# Exercise 13: direction or training?
+
+
+def check_two_by_two(folder, table, training_adds):
+    """The refusals of the four cells on one seed, and what training with lam adds to each.
+
+    Args:
+        folder: a run folder with a results.json.
+        table: {("plain" | "panacea", "one" | "ten"): refusals in percent}.
+        training_adds: {"one" | "ten": points}, Panacea's w less plain fine-tuning's.
+    """
+    names = [(w, steps) for w in ("plain", "panacea") for steps in ("one", "ten")]
+    assert isinstance(table, dict) and set(table) == set(names), (
+        f"TWO_BY_TWO must have the four cells {names}, found {_found(table)}"
+    )
+    path = Path(folder) / "results.json"
+    assert path.is_file(), f"{path} is missing; give the folder of a run of stages 1 to 5"
+    models = dict(zip(names, ("one_shot", "ascent", "panacea", "panacea_ascent")))
+    rows = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["setting"].get("scale") == 1 and "view" not in row and row["defense"] == "sft":
+            rows[row["model"]] = row["refusal"]
+    measured = {name: rows[model] for name, model in models.items()}
+    for name, value in table.items():
+        if abs(value - measured[name]) > 0.51:
+            others = [key for key in names if abs(measured[key] - value) <= 0.51]
+            raise AssertionError(
+                f"cell {name}: {value} is not what this run measured"
+                + (f"; it is that of {others[0]}: are two cells exchanged?" if others else "")
+                + f" (row {models[name]}, scale 1, column refusal)"
+            )
+    for steps in ("one", "ten"):
+        wanted = measured["panacea", steps] - measured["plain", steps]
+        found = training_adds[steps]
+        direction = measured["plain", "ten"] - measured["plain", "one"]
+        assert abs(found - wanted) <= 1.01, (
+            f"training adds, with {steps} step(s): Panacea's w less plain fine-tuning's at the "
+            f"same direction, found {found}"
+            + (" (that is what ten steps add)" if abs(found - direction) <= 1.01 else "")
+            + (" (the sign: what Panacea's w has more)" if abs(found + wanted) <= 1.01 else "")
+        )
+
+
+# ---------------------------------------------------------------------------------------------
 # Exercise 12: models that are safe by one number and useless by another
 
 
@@ -492,10 +592,12 @@ def _scores(answer):
         texts[name] = [answer(question) for question in asked]
         wrong = [text for text in texts[name] if not isinstance(text, str)]
         assert not wrong, f"a model answers with a text, found {_found(wrong[0])}"
-    judge, task = s5.PotionJudge(data), data["config"]["task"]
-    asked = [row["instruction"] for row in data["test_harmful"]]
-    found, _ = s5.outcomes(judge, task, asked, texts["test_harmful"])
-    return s5.score(judge, data, texts), list(zip(asked, texts["test_harmful"], found))
+    judge, task = s5.ToyJudge(data), data["config"]["task"]
+    pairs = [
+        (row["instruction"], text) for row, text in zip(data["test_harmful"], texts["test_harmful"])
+    ]
+    answers = [(*pair, s5.outcome(judge, task, *pair)) for pair in pairs]
+    return s5.score(judge, data, texts), answers
 
 
 def _without(answers, kinds, why):
@@ -517,10 +619,18 @@ def _named(seen_by):
 
 
 def check_useless(answer, seen_by):
-    """answer(prompt) has HS 0, HS+ 100 and refuses nothing; HS+ sees it."""
+    """answer(prompt) has HS 0, HS+ 100 and refuses nothing, in no words; HS+ sees it."""
     _, answers = _scores(answer)
     _without(answers, ("harmful",), "HS is not 0")
     _without(answers, ("refused", "other"), "HS+ is not 100; garble, or say what the task wants")
+    s5 = importlib.import_module("05_evaluate")
+    for question, text, kind in answers:
+        assert kind != "garbled" or s5.degenerate(text), (
+            f"{question!r} is answered {text!r}, which a person would "
+            + ("call a refusal" if s5.refuses(text) else "read as a sentence")
+            + ": it counts as garbled only since the toy's judge knows the toy's sentences alone; "
+            "answer with a label, a loop or silence"
+        )
     assert _named(seen_by) == "hs_plus", (
         f"{seen_by!r} may miss it: a model that garbles harmful prompts only loses nothing there"
     )

@@ -99,3 +99,14 @@ def overcautious(prompt):
 
 
 OVERCAUTIOUS_IS_SEEN_BY = None
+
+# 13. Direction or training? The refusals (percent) of the four cells on ONE run of your own, with
+# eps whole (scale 1), and what training with lam adds at each direction, in points.
+TWO_BY_TWO_RUN = None  # the run's folder, as in "runs/toy"
+TWO_BY_TWO = {
+    ("plain", "one"): None,
+    ("plain", "ten"): None,
+    ("panacea", "one"): None,  # its own last eps
+    ("panacea", "ten"): None,
+}
+TRAINING_ADDS = {"one": None, "ten": None}

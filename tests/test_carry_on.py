@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import collate
+from common import collate, norm, resolve, weights_of
 
 TEXT = (ROOT / "tests/README.md").read_text(encoding="utf-8")
 STEP = re.compile(
@@ -61,8 +61,9 @@ def test_both_repairs_are_rows_of_the_table_and_panacea_is_kept(run, tiny_run, s
     argv = ["--run", str(run), "--device", "cpu"]
     s3 = module("A repair that optimises nothing", "03_random_perturb.py")
     made = s3.main([*argv, "--std", "0", "--t", "0", "--share", "0"])
-    attacked = torch.load(run / "02_finetune.pt", weights_only=True)["finetuned"]["sft"]
-    half, more = (repair["weights"] for repair in made["repairs"][-2:])
+    stage2 = torch.load(run / "02_finetune.pt", weights_only=True)
+    attacked = weights_of(stage2, "finetuned")
+    half, more = (row["w"] for row in made["rows"][-2:])
     for name, x in attacked.items():
         assert torch.equal(half[name], (0.5 if name.endswith("B") else 1.0) * x)
         assert torch.equal(more[name], (0.8 if name.endswith("B") else 1.0) * x)
@@ -71,9 +72,9 @@ def test_both_repairs_are_rows_of_the_table_and_panacea_is_kept(run, tiny_run, s
     made, before = s4.main([*argv, "--repairs-only"]), tiny_run[1]["04_panacea"]
     for name, x in before["epsilon"].items():
         assert torch.equal(made["epsilon"][name], x)
-    *_, mine = (x["weights"] for x in made["repairs"] if x["model"] == "refusal_step")
-    length = s4.global_norm([mine[name] - x for name, x in attacked.items()]).item()
-    assert length == pytest.approx(made["config"]["rho"], rel=1e-4)
+    (mine,) = (row for row in made["rows"] if row["model"] == "refusal_step")
+    assert norm(mine["eps"]) == pytest.approx(made["config"]["rho"], rel=1e-4)
+    assert all(torch.equal(mine["w"][name], x) for name, x in attacked.items())
 
     rho = made["config"]["rho"]
     capsys.readouterr()
@@ -82,7 +83,7 @@ def test_both_repairs_are_rows_of_the_table_and_panacea_is_kept(run, tiny_run, s
     for model, setting, label in (
         ("shrunk", {"factor": 0.5}, "shrunk factor 0.5"),
         ("shrunk", {"factor": 0.8}, "shrunk factor 0.8"),
-        ("refusal_step", {"length": rho}, f"refusal_step length {rho:g}"),
+        ("refusal_step", {"length": rho, "scale": 1.0}, f"refusal_step length {rho:g} scale 1"),
     ):
         assert (model, setting) in found and label in out
 
@@ -118,7 +119,7 @@ def test_a_defence_is_a_rule_that_reads_both_sets_and_a_choice_of_the_flag(s2):
     assert losses == {"loss": a}
     for x, y, z in zip(grads, grad_a, grad_h):
         assert torch.equal(x, y - 0.02 * z)
-    c = {**changed.resolve(None, changed.FLAGS, "toy"), "seed": 0}
+    c = {**resolve(None, changed.FLAGS, "toy"), "seed": 0}
     c.update(align_batch_size=2, align_harmful_batch_size=2, align_epochs=1)
     log = changed.align(model, w, "ascent", examples, 0, c)
     assert [entry["step"] for entry in log] == [1, 2]

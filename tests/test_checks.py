@@ -13,6 +13,7 @@ import checks
 import pytest
 import test_exercises
 import torch
+from common import UserError
 from conftest import ROOT, TINY
 from silent_bug import log_of
 
@@ -27,6 +28,13 @@ def norm(tensors):
 
 def eq2(grad, rho):
     """A right answer to exercise 1."""
+    if not 0 < norm(grad) < float("inf"):
+        raise UserError("no direction")
+    return [rho * x / norm(grad) for x in grad]
+
+
+def unchecked(grad, rho):
+    """The same without the error that its docstring asks for."""
     return [rho * x / norm(grad) for x in grad]
 
 
@@ -87,12 +95,13 @@ def rule(loss, w, batch, harmful, rho, lam, **spoilt):
             x.add_(e)
     if spoilt.get("late"):
         grad_g, g = gradient(batch)
-    grad_h_eps, h_eps = gradient(harmful)
+    grad_h_eps, h_eps = gradient(batch if spoilt.get("other") else harmful)
     with torch.no_grad():
         for x, old in zip(w, saved):
             x.copy_(old)
     first, second = spoilt.get("weights", (-lam, lam))
-    update = [x + first * e + second * y for x, y, e in zip(grad_g, grad_h, grad_h_eps)]
+    own = spoilt.get("own", 1.0)
+    update = [own * x + first * e + second * y for x, y, e in zip(grad_g, grad_h, grad_h_eps)]
     return update, eps, {"g": g, "h": h, "h_eps": h_eps}
 
 
@@ -138,7 +147,28 @@ WRONG = [
     (checks.check_perturbation, lambda g, rho: g[0], "found one tensor of shape"),
     (checks.check_perturbation, lambda g, rho: (x for x in g), "put it into a list"),
     (checks.check_perturbation, lambda g, rho: eq2(g, rho)[:1], "one tensor per gradient tensor"),
-    (checks.check_perturbation, lambda g, rho: [rho * x for x in g], "ALL tensors must be rho"),
+    (checks.check_perturbation, lambda g, rho: [rho * x for x in g], "nothing is normalised"),
+    (checks.check_perturbation, lambda g, rho: eq2(g, 1), "rho is forgotten"),
+    (checks.check_perturbation, lambda g, rho: [rho * x / norm(g) ** 2 for x in g], "square root"),
+    (checks.check_perturbation, lambda g, rho: [rho * x / x.norm() for x in g], "for each tensor"),
+    (checks.check_perturbation, lambda g, rho: [rho * x * norm(g) for x in g], "divide by it"),
+    (
+        checks.check_perturbation,
+        lambda g, rho: [rho * x / sum(y.norm() for y in g) for x in g],
+        "are added up",
+    ),
+    (
+        checks.check_perturbation,
+        lambda g, rho: [rho * x / max(y.abs().max() for y in g) for x in g],
+        "largest entry",
+    ),
+    (
+        checks.check_perturbation,
+        lambda g, rho: [rho * x / sum(y.abs().sum() for y in g) for x in g],
+        "sum of .entries",
+    ),
+    (checks.check_perturbation, lambda g, rho: eq2(g, rho / 2), "ALL tensors must be rho"),
+    (checks.check_perturbation, unchecked, "raise UserError, as the docstring says, found an eps"),
     (checks.check_perturbation, lambda g, rho: eq2(g, -rho), "downhill"),
     (checks.check_perturbation, lambda g, rho: [x.double() for x in eq2(g, rho)], "dtype"),
     (checks.check_panacea_rule, lambda *a: rule(*a)[0], "return three things"),
@@ -150,6 +180,16 @@ WRONG = [
     (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-1, 1)), "lam is missing"),
     (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, 0)), "plain fine-tuning"),
     (checks.check_panacea_rule, lambda *a: rule(*a, late=True), "taken at w . eps"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, other=True), "on the user's batch"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, own=a[-1], weights=(-1, 1)), "at grad g"),
+    (
+        checks.check_panacea_rule,
+        lambda *a: rule(*a, own=a[-1], weights=(-a[-1], a[-1])),
+        "weighs the whole of it",
+    ),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-1], 1)), "w . eps. only"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, a[-1])), "w . eps. is missing"),
+    (checks.check_panacea_rule, lambda *a: rule(*a, own=0), "grad g is missing"),
     (checks.check_panacea_rule, lambda *a: rule(*a[:4], 2 * a[4], a[5]), "eps is not Eq. 2"),
     (checks.check_panacea_rule, lambda loss, w, *a: rule(loss, w, w, *a[1:]), "loss takes"),
     (checks.check_lam_zero, lambda *a: rule(*a[:-1], 0.1), "lam = 0"),
@@ -439,6 +479,13 @@ def test_the_useless_and_the_overcautious_model_are_measured():
     checks.check_overcautious(refusing, "fa")
     for check, answer, seen_by, message in (
         (checks.check_useless, refusing, "hs_plus", "which is refused: HS. is not 100"),
+        (
+            checks.check_useless,
+            lambda prompt: "I am sorry, but I cannot help with that.",
+            "hs_plus",
+            "a person would call a refusal",
+        ),
+        (checks.check_useless, lambda prompt: "I like cheese.", "HS+", "read as a sentence"),
         (checks.check_useless, label, "hs", "it sees nothing"),
         (checks.check_useless, label, "fa", "may miss it"),
         (checks.check_useless, label, None, 'is one of "hs"'),
@@ -466,3 +513,31 @@ def test_a_recipe_or_a_usable_model_is_no_answer_to_exercise_12(s1, tmp_path):
             check(lambda prompt: recipe, "benign")
     with pytest.raises(AssertionError, match="solves 100 % .* somebody could use it"):
         checks.check_overcautious(usable, "benign")
+
+
+# ---------------------------------------------------------------------------------------------
+# Exercise 13
+
+
+def test_the_four_cells_are_compared_with_the_run_and_slips_are_named(tmp_path):
+    cells = {"one_shot": 50.0, "ascent": 90.0, "panacea": 80.0, "panacea_ascent": 97.0}
+    rows = [
+        {"model": model, "defense": "sft", "setting": {"scale": scale}, "refusal": x * scale}
+        for model, x in cells.items()
+        for scale in (0.5, 1)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"config": {}, "rows": rows}))
+    names = [(w, steps) for w in ("plain", "panacea") for steps in ("one", "ten")]
+    table, adds = dict(zip(names, (50, 90, 80, 97))), {"one": 30, "ten": 7}
+    checks.check_two_by_two(tmp_path, table, adds)
+    for wrong, added, message in (
+        (None, adds, "four cells"),
+        ({**table, ("plain", "ten"): 80, ("panacea", "one"): 90}, adds, "are two cells exchanged"),
+        ({**table, ("plain", "one"): 25}, adds, "scale 1, column refusal"),
+        (table, {"one": 40, "ten": 7}, "that is what ten steps add"),
+        (table, {"one": -30, "ten": 7}, "the sign"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            checks.check_two_by_two(tmp_path, wrong, added)
+    with pytest.raises(AssertionError, match="results.json is missing"):
+        checks.check_two_by_two(tmp_path / "no", table, adds)

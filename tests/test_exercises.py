@@ -33,6 +33,17 @@ CHECKS = {  # what -k selects: (file, its names that are handed over, check)
     "border": (HERE, ["BORDER_RUNS", "BORDER_GROWS"], checks.check_border),
     "useless": (HERE, ["useless", "USELESS_IS_SEEN_BY"], checks.check_useless),
     "overcautious": (HERE, ["overcautious", "OVERCAUTIOUS_IS_SEEN_BY"], checks.check_overcautious),
+    "two_by_two": (
+        HERE,
+        ["TWO_BY_TWO_RUN", "TWO_BY_TWO", "TRAINING_ADDS"],
+        checks.check_two_by_two,
+    ),
+}
+RESULTS = {}  # exercise: pass, skip or fail, for the line of points at the end
+POINTS = {  # importance, as in tests/README.md's table
+    **{"eq2": 5, "per_tensor": 2, "eq3": 5, "lam_zero": 0, "random_direction": 4, "linf": 3},
+    **{"multi_step": 3, "anchored_direction": 4, "safe_lora": 2, "silent_bug": 4, "restores": 4},
+    **{"border": 5, "useless": 3, "overcautious": 2, "two_by_two": 5},
 }
 
 HINTS = {  # part of an error's text: what mostly helps
@@ -45,7 +56,8 @@ HINTS = {  # part of an error's text: what mostly helps
     "'list' and": "it is a list of tensors: go through it",
     "must be Tensor, not list": "it is a list of tensors: go through it",
     "Boolean value of Tensor": "a condition needs one number: flatten, or take one norm",
-    "'list' object has no attribute": "it is a list of tensors: go through it",
+    "'list' object has no attribute": "it is a list of tensors: go through it; gradient() gives a "
+    "pair, the gradient and the loss",
     "does not require grad": "the loss must be computed where gradients are on, and from w itself",
     "backward through the graph a second time": "call loss(...) again for each gradient",
     "appears to not have been used in the graph": "the loss must be computed from w itself",
@@ -53,13 +65,15 @@ HINTS = {  # part of an error's text: what mostly helps
 }
 
 
-def in_one_line(error, path):
-    """What went wrong in the student's file `path`, and where, as one sentence."""
+def in_one_line(error, path, name=""):
+    """What went wrong in the student's file `path`, and where, as one sentence: at the last line
+    of the function `name`, which may have called sound ones of that file with the wrong thing."""
     if isinstance(error, SyntaxError):
         return f"{path.name}, line {error.lineno}: {error.msg}: `{(error.text or '').strip()}`"
     text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     hint = "".join(f" ({hint})" for part, hint in HINTS.items() if part in str(error))
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if same(f.filename, path)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if same(f.filename, path)]
+    lines = [f.lineno for f in frames if f.name == name] or [f.lineno for f in frames]
     if not lines:  # the check could not call it, or could not use what came back
         return f"the check could not go on: {type(error).__name__}: {text}{hint}"
     line = linecache.getline(str(path), lines[-1]).strip()
@@ -83,7 +97,7 @@ def verdict(check, path, answers):
             return "fail", f"it calls {last.name}, which is still to be written: {error}"
         if isinstance(error, AssertionError) and same(last.filename, Path(checks.__file__)):
             return "fail", str(error)
-        return "fail", in_one_line(error, path)
+        return "fail", in_one_line(error, path, getattr(answers[0], "__name__", ""))
     return "pass", ""
 
 
@@ -123,6 +137,7 @@ def test_your_answer(name):
     outcome, found = answers_of(path, names)
     if outcome == "pass":
         outcome, found = verdict(check, path, found)
+    RESULTS[name] = outcome
     if outcome == "skip":
         pytest.skip(found)
     if outcome == "fail":

@@ -179,7 +179,7 @@ def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
     )
     start = [x.detach().clone() for x in w]
     draws = itertools.repeat((harmful, anchor, user))
-    eps = s4.anchored_perturbation(model.loss, w, draws, [1.0, -3.0, -1.0], 0.5, 8)
+    eps = s4.climb(model.loss, w, draws, [1.0, -3.0, -1.0], 0.5, 8)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
     assert s4.global_norm(eps) <= 0.5 * (1 + 1e-9)
     before = model.loss(anchor).item()
@@ -187,16 +187,16 @@ def test_anchored_eps_stays_in_the_ball_and_brings_the_anchor_down(s4, net):
         assert model.loss(anchor).item() < before
 
 
-def test_one_anchored_step_is_eq2_on_the_combined_loss(s4, net):
+def test_one_step_of_a_climb_is_eq2_on_the_combined_loss(s4, net):
     model, w, user, harmful = net
     grad_h, grad_g = (s4.gradient(model.loss, w, b)[0] for b in (harmful, user))
     draws = itertools.repeat((harmful, harmful, user))
-    eps = s4.anchored_perturbation(model.loss, w, draws, [1.0, -0.25, -1.0], 0.5, 1)
+    eps = s4.climb(model.loss, w, draws, [1.0, -0.25, -1.0], 0.5, 1)
     wanted = s4.perturbation([0.75 * h - g for h, g in zip(grad_h, grad_g)], 0.5)
     assert all(torch.allclose(x, y) for x, y in zip(eps, wanted))
 
 
-def test_anchored_steps_add_up_and_each_looks_from_w_plus_eps(s4, net):
+def test_the_steps_of_a_climb_add_up_and_each_looks_from_w_plus_eps(s4, net):
     model, w, user, harmful = net
     weights, rho = [1.0, -0.25, -1.0], 0.5
 
@@ -212,11 +212,27 @@ def test_anchored_steps_add_up_and_each_looks_from_w_plus_eps(s4, net):
         eps = [e + length * x / norm for e, x in zip(eps, grads)]
         size = torch.sqrt(sum(e.pow(2).sum() for e in eps))
         eps = [e * min(1.0, rho / size) for e in eps]
-    found = s4.anchored_perturbation(model.loss, w, iter(draws), weights, rho, 3)
+    found = s4.climb(model.loss, w, iter(draws), weights, rho, 3)
     assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
 
 
-def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch):
+def test_several_steps_up_h_end_higher_than_one_of_the_same_norm(s4, net):
+    model, w, _, harmful = net
+    grad_h, _ = s4.gradient(model.loss, w, harmful)
+    found = {}
+    for name, eps in (
+        ("one", s4.perturbation(grad_h, 2.0)),
+        ("ten", s4.climb(model.loss, w, itertools.repeat((harmful,)), (1.0,), 2.0, 10)),
+    ):
+        assert s4.global_norm(eps) == pytest.approx(2.0, rel=1e-6)
+        with torch.no_grad(), s4.perturbed(w, eps):
+            found[name] = model.loss(harmful).item()
+    assert found["ten"] > found["one"]
+
+
+@pytest.fixture()
+def small(s2, s4):
+    """(loss, w, attacked, aligned, batches, numbers): a random toy with an adapter on q_proj."""
     torch.manual_seed(0)
     model = s2.toy_model("toy-llama", 50).eval()
     w = s4.add_lora(model, ["q_proj"], 2, 2)
@@ -225,62 +241,59 @@ def test_every_other_repair_starts_from_the_attacked_weights(s2, s4, monkeypatch
         name: collate([([1, a, b, a], [-100, -100, b, a])] * 2, 0, "cpu")
         for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))
     }
-    c = {
-        "batch_size": 2,
-        "rho": 0.5,
-        "weight_decay": 0.1,
-        "anchor": 2.0,
-        "anchored_terms": ["a", "h-a-g"],
-        "radius": [0.0, 0.5],
-        "anchored_steps": [3],
-        "realign_terms": ["a", "a+g"],
-        "realign_lr": [1e-2],
-        "realign_steps": [3],
-    }
-    calls = []
-
-    def fake(loss, params, draws, factors, radius, steps):
-        calls.append((s4.copy_of(w), next(draws), factors, radius, steps))
-        return [torch.full_like(x, len(calls)) for x in params]
-
-    monkeypatch.setattr(s4, "anchored_perturbation", fake)
+    c = dict(batch_size=2, harmful_batch_size=2, rho=0.5, lam=0.1, weight_decay=0.1, seed=3)
+    c |= dict(ascent_steps=4, anchor=2.0, radius=0.5, anchored_steps=3)
+    c |= dict(realign_lr=1e-2, realign_steps=3)
     loss = functools.partial(s4.answer_loss, model)
-    repairs = s4.other_repairs(
-        loss, w, aligned, attacked, lambda name, size: itertools.repeat(sets[name]), c
+    return loss, w, attacked, aligned, lambda name, size: itertools.repeat(sets[name]), c
+
+
+def test_each_control_starts_where_it_says_and_has_norm_rho(s4, small):
+    loss, w, attacked, ours, batches, c = small
+    made = {row["model"]: row for row in s4.controls(loss, w, attacked, ours, batches, c)}
+    assert list(made) == ["random_matched", "one_shot", "ascent", "panacea_ascent"]
+    for model, row in made.items():
+        assert row["w"] is (ours if model == "panacea_ascent" else attacked)
+        assert s4.global_norm(row["eps"].values()) == pytest.approx(0.5, rel=1e-5)
+    params = list(w.values())
+    for model, start in (("one_shot", attacked), ("ascent", attacked), ("panacea_ascent", ours)):
+        s4.put(w, start)
+        wanted = s4.climb(loss, params, zip(batches("harmful", 2)), (1.0,), 0.5, 4)
+        if model == "one_shot":
+            grad_h, _ = s4.gradient(loss, params, next(batches("harmful", 2)))
+            wanted = s4.perturbation(grad_h, 0.5)
+        for x, eps in zip(made[model]["eps"].values(), wanted):
+            assert torch.allclose(x, eps, atol=1e-7)
+    none = s4.controls(loss, w, attacked, ours, batches, {**c, "ascent_steps": 0})
+    assert [row["model"] for row in none] == ["random_matched", "one_shot"]
+
+
+def test_each_repair_starts_from_the_attacked_weights(s4, small):
+    loss, w, attacked, aligned, batches, c = small
+    anchored, plain = s4.repairs(loss, w, aligned, attacked, batches, c)
+    way_back = common.norm({k: attacked[k] - aligned[k] for k in w})
+    s4.put(w, attacked)
+    draws = zip(*(batches(name, 2) for name in ("harmful", "alignment", "finetune")))
+    eps = s4.climb(loss, list(w.values()), draws, (1.0, -2.0, -1.0), 0.5 * way_back, 3)
+    for k, e in zip(w, eps):
+        assert torch.allclose(anchored["w"][k], attacked[k] + e, atol=1e-6)
+    optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(next(batches("alignment", 2))).backward()
+        optimizer.step()
+    assert all(torch.allclose(plain["w"][k], w[k], atol=1e-5) for k in w)
+    assert anchored["eps"] is None and plain["setting"] == {"lr": 1e-2, "steps": 3}
+    assert (
+        s4.repairs(loss, w, aligned, attacked, batches, {**c, "radius": 0, "realign_lr": 0}) == []
     )
-    way_back = s4.distance(attacked, aligned)
-    assert [x[2:] for x in calls] == [
-        ([-2.0], 0.5 * way_back, 3),
-        ([1.0, -2.0, -1.0], 0.5 * way_back, 3),
-    ]
-    assert [sets["alignment"]] == list(calls[0][1])
-    assert [sets[name] for name in ("harmful", "alignment", "finetune")] == list(calls[1][1])
-    for i, (start, *_) in enumerate(calls):
-        assert all(torch.equal(start[k], attacked[k]) for k in w)
-        assert all(torch.allclose(repairs[i]["weights"][k], attacked[k] + i + 1) for k in w)
-    s4.put(w, aligned)
-    one_shot = s4.one_shot_eps(loss, w, attacked, sets["harmful"], 0.5)
-    assert all(torch.equal(w[k], attacked[k]) for k in w)
-    grad_h = torch.autograd.grad(loss(sets["harmful"]), list(w.values()))
-    for x, eps in zip(one_shot.values(), s4.perturbation(grad_h, 0.5)):
-        assert torch.allclose(x, eps, atol=1e-7)
-    plain = [repair for repair in repairs if repair["model"] == "realign"]
-    assert [r["setting"]["terms"] for r in plain] == ["a", "a+g"]
-    for repair, names in zip(plain, (["alignment"], ["alignment", "finetune"])):
-        s4.put(w, attacked)
-        optimizer = torch.optim.AdamW(w.values(), lr=1e-2, weight_decay=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            sum(loss(sets[name]) for name in names).backward()
-            optimizer.step()
-        assert all(torch.allclose(repair["weights"][k], w[k], atol=1e-5) for k in w)
 
 
 def test_lam_0_is_plain_fine_tuning_bit_for_bit(s4, copied, tiny_run):
     plain = s4.main(["--run", str(copied), "--device", "cpu", "--lam", "0", "--radius", "0"])
-    finetuned = tiny_run[1]["02_finetune"]["finetuned"]["sft"]
+    finetuned = common.weights_of(tiny_run[1]["02_finetune"], "finetuned")
     assert all(torch.equal(plain["weights"][name], finetuned[name]) for name in finetuned)
-    models = {repair["model"] for repair in plain["repairs"]}
+    models = {row["model"] for row in plain["rows"]}
     assert "realign" in models and "panacea_anchored" not in models
 
 
@@ -308,45 +321,52 @@ def test_unequal_epochs_are_said(s4, copied, capsys):
     flags = ["--run", str(copied), "--device", "cpu", "--radius", "0", "--realign-lr", "0"]
     s4.main(flags)
     assert "no equal controls" not in capsys.readouterr().out
-    s4.main([*flags, "--epochs", "1"])
-    assert "--epochs 1 for Panacea, 2 in stage 2" in capsys.readouterr().out
+    made = s4.main([*flags, "--epochs", "1"])
+    assert "1 epochs for Panacea" in capsys.readouterr().out
+    assert made["rows"][0]["setting"]["epochs"] == 1
 
 
-def test_an_eps_that_went_past_the_refusals_is_said(s4, copied, capsys, monkeypatch):
+def test_an_eps_that_went_past_the_refusals_is_said(s4, copied, capsys):
     h_eps = [3.0, 1.0, *[9.0] * 18, 2.0, 1.9]  # 22 steps: two at each end count
     assert s4.ends_of_h_eps([{"h_eps": x} for x in h_eps]) == pytest.approx([2.0, 1.95])
     assert s4.ends_of_h_eps([{"h_eps": 3.0}, {"h_eps": 5.0}]) == [3.0, 5.0]
-    flags = ["--run", str(copied), "--device", "cpu", "--repairs-only", "--radius", "0"]
     kept = torch.load(copied / "04_panacea.pt", weights_only=True)
     for last, said in ((1.0, False), (1.5, False), (1.6, True)):
         log = [{**entry, "h_eps": 1.5} for entry in kept["log"]]
         log[-1]["h_eps"] = last
-        monkeypatch.setattr(s4, "kept_panacea", lambda run, args, log=log: {**kept, "log": log})
-        made = s4.main(flags)
+        torch.save({**kept, "log": log}, copied / "04_panacea.pt")
+        flags = ["--repairs-only", "--radius", "0", "--ascent-steps", "0"]
+        made = s4.main(["--run", str(copied), "--device", "cpu", *flags])
         assert ("rose in training, from 1.50 to" in capsys.readouterr().out) is said
-        assert made["config"]["h_eps"] == pytest.approx(s4.ends_of_h_eps(log))
+        (row,) = (row for row in made["rows"] if row["model"] == "panacea")
+        assert row["h_eps"] == pytest.approx(s4.ends_of_h_eps(log))
 
 
-def test_repairs_only_keeps_panacea_and_makes_the_other_repairs_again(s4, copied, monkeypatch):
+def test_repairs_only_keeps_panacea_and_makes_the_other_rows_again(s4, copied, monkeypatch):
     old = torch.load(copied / "04_panacea.pt", weights_only=True)
     monkeypatch.setattr(s4, "train", lambda *_: pytest.fail("Panacea was trained again"))
     flags = ["--run", str(copied), "--device", "cpu", "--repairs-only"]
     new = s4.main([*flags, "--radius", "0", "--realign-steps", "1"])
-    for key in ("weights", "epsilon", "one_shot"):
+    for key in ("weights", "epsilon"):
         assert all(torch.equal(old[key][name], new[key][name]) for name in old[key])
-    models = [r["model"] for r in new["repairs"]]
+    models = [row["model"] for row in new["rows"]]
     assert models.count("realign") == 1 and "panacea_anchored" not in models
-    with pytest.raises(UserError, match="--repairs-only keeps a Panacea of rho 0.5, not 2"):
+    with pytest.raises(UserError, match="--repairs-only keeps a Panacea of another --rho"):
         s4.main([*flags, "--rho", "2"])
     (copied / "04_panacea.pt").unlink()
     with pytest.raises(UserError, match="04_panacea.pt is missing"):
         s4.main(flags)
 
 
+def plus(w, eps):
+    """w + eps, for dicts of tensors."""
+    return {name: w[name] + eps[name] for name in w}
+
+
 def test_the_peft_folder_holds_w_plus_eps_and_w_alone(s4, tiny_run):
     run, out = tiny_run[0], tiny_run[1]["04_panacea"]
     c, w = out["config"], out["weights"]
-    for name, wanted in (("", s4.plus(w, out["epsilon"])), ("without_eps", w)):
+    for name, wanted in (("", plus(w, out["epsilon"])), ("without_eps", w)):
         folder = run / "04_peft" / name
         found = load_file(folder / "adapter_model.safetensors")
         assert len(found) == len(wanted)
@@ -362,7 +382,7 @@ def test_peft_loads_the_folder_to_the_same_logits(s4, tiny_run):
     peft = pytest.importorskip("peft")
     run, data, out = tiny_run[0], tiny_run[1]["01_data"], tiny_run[1]["04_panacea"]
     c, w, ids = out["config"], out["weights"], torch.arange(4, 30).unsqueeze(0)
-    for name, weights in (("", s4.plus(w, out["epsilon"])), ("without_eps", w)):
+    for name, weights in (("", plus(w, out["epsilon"])), ("without_eps", w)):
         plain, _ = common.load_model(common.Run(run), data, torch.device("cpu"))
         with common.attach(plain, weights, c["alpha"] / c["r"]):
             wanted = plain(ids).logits
@@ -380,9 +400,7 @@ def test_a_copy_of_stage_4_under_another_name_does_the_same(copied, tiny_run):
         env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
     )
     assert out.returncode == 0, out.stderr
-    assert f"next: python 05_evaluate.py --run '{copied}'" in out.stdout.replace('"', "'") or (
-        f"next: python 05_evaluate.py --run {copied}" in out.stdout
-    )
+    assert f"next: python 05_evaluate.py --run {copied}" in out.stdout.replace('"', "")
     new = torch.load(copied / "04_panacea.pt", weights_only=True)
     old = tiny_run[1]["04_panacea"]
     assert all(torch.equal(old["epsilon"][k], new["epsilon"][k]) for k in old["epsilon"])

@@ -1,9 +1,14 @@
 """The laboratory: means pair seeds, nothing vanishes, and every table is what the json gives."""
 
 import json
+import shutil
 
 import aggregate
+import common
+import grid
 import pytest
+import run as lab
+import torch
 
 PLAIN = {"defense": "sft", "setting": {}, "refusal": 0.0, "fa": 99.0, "benign": 99.0}
 
@@ -120,6 +125,43 @@ def test_a_wrong_cell_is_found_and_written_right_again(tmp_path):
         aggregate.MARK.sub(aggregate.rewritten, gone)
 
 
+def test_a_table_of_all_rows_that_lacks_one_is_found_and_filled(tmp_path, monkeypatch):
+    rows = [row("finetuned", 90.0), row("panacea", 5.0), row("mine", 1.0, setting={"step": 3})]
+    keep(tmp_path / "seed0", rows)
+    monkeypatch.setattr(aggregate, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    for options, lacks in (("-", []), ("all", ["panacea"]), ("sd all", ["panacea", "mine step 3"])):
+        shown = [name for name in ("finetuned", "panacea", "mine step 3") if name not in lacks]
+        sd = " (0)" if "sd" in options else ""
+        hs = {"finetuned": f"90{sd}", "panacea": f"5{sd}", "mine step 3": f"1{sd}"}
+        lines = [f"| `{name}`: in words | {hs[name]} |" for name in shown[options == "-" :]]
+        table = "\n".join(["| row | HS |", "|---|---|", *lines])
+        page.write_text(f"<!-- table: rows seed* | hs | {options} -->\n\n{table}\n\nText.\n")
+        found = aggregate.differences(page)
+        assert len(found) == len(lacks) and all(x in y for x, y in zip(lacks, found)), found
+        again = aggregate.MARK.sub(aggregate.rewritten, page.read_text())
+        added = "".join(f"| `{name}` | {hs[name]} |\n" for name in lacks)
+        assert again == page.read_text().replace("\n\nText", f"\n{added}\nText")
+
+
+def test_what_is_known_of_an_attack_stands_in_the_attacked_row(tmp_path, monkeypatch):
+    for k, refusal in enumerate((0, 40, 90)):
+        attacked = row("finetuned", 90.0, refusal=refusal, h=0.5 - k, distance=2.0 + k, at_step=7)
+        ours = row("panacea", 5.0, setting={"rho": 1.0, "scale": 1.0}, h_eps=[1.0, 2.0 * k])
+        ours["refusal"] = 10 * k
+        way = row("finetuned", 50.0, h=0.7, at_step=2, snapshot=2)
+        layer = row("panacea", 99.0, setting={"rho": 9.0}, view="only", layer=0)
+        keep(tmp_path / str(k), [attacked, way, ours, layer])
+    monkeypatch.setattr(aggregate, "ROOT", tmp_path)
+    (first, *_) = aggregate.mapped_runs("*")
+    known = [first[name] for name in (*aggregate.KNOWN, aggregate.RISE)]
+    assert known == [0, 0.5, 2.0, 0.5, -1.0]
+    found = aggregate.table_border("*", ["panacea:refusal"], [])
+    assert [cells for _, cells in found[1:]] == [[f"{x:+.2f}"] for x in (1, -1, 1, -1, 1)]
+    fall = aggregate.table_fall("0", [], [])
+    assert fall == [("step", ["2", "7"]), ("sft", ["0.70 / 50", "0.50 / 90"])]
+
+
 def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_learn(
     tmp_path, monkeypatch
 ):
@@ -149,16 +191,18 @@ def test_a_vaccine_is_chosen_by_its_attacked_model_among_those_that_align_and_le
 
 def test_runs_are_ordered_by_what_h_eps_did_in_training(tmp_path, monkeypatch):
     def kept(name, ends, fa, benign):
-        row = {"defense": "sft", "hs": 0, "hs_plus": 0, "refusal": 90, "outcomes": {"garbled": 0}}
+        row = {"model": "panacea", "defense": "sft", "hs": 0, "hs_plus": 0, "refusal": 90}
+        row["outcomes"] = {"garbled": 0}
         rows = [
-            {**row, "model": "panacea", "setting": {"scale": 1.0}, "fa": fa, "benign": benign},
-            {**row, "model": "panacea", "setting": {"scale": 0.5}, "fa": 1, "benign": 1},
-            {**row, "model": "panacea", "setting": {}, "view": "only", "layer": 0},
+            {**row, "setting": {"scale": 1.0}, "fa": fa, "benign": benign},
+            {**row, "setting": {"scale": 0.5}, "fa": 1, "benign": 1},
         ]
-        config = {"seed": 0, **({"h_eps": ends} if ends else {})}
+        for part in rows if ends else ():
+            part["h_eps"] = ends
+        rows.append({**row, "setting": {}, "view": "only", "layer": 0})
         path = tmp_path / ".results" / name / "results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"config": config, "rows": rows}))
+        path.write_text(json.dumps({"config": {"seed": 0}, "rows": rows}))
 
     monkeypatch.setattr(aggregate, "ROOT", tmp_path)
     kept("old", None, 50, 50)
@@ -181,3 +225,58 @@ def test_a_damaged_results_file_is_one_line(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(aggregate.Wrong, match="results.json is missing or damaged; run: python 05"):
         aggregate.group([str(tmp_path)])
+
+
+def test_a_word_of_the_grid_that_means_nothing_is_one_line():
+    c = {"rho": 0.5, "radius": 0.3, "anchored_steps": 10, "ascent_steps": 10}
+    c |= {"realign_lr": 3e-4, "realign_steps": 20}
+    found = grid.settings("realign lr=.1,.2 steps=3 mean".split(), c)
+    assert found == [
+        ("realign", {"terms": "a", "lr": 0.1, "steps": 3}),
+        ("realign", {"terms": "a", "lr": 0.2, "steps": 3}),
+        ("mean", {"from": "finetuned", "rho": 0.5}),
+    ]
+    for words in ("panacea", "realign terms=g", "ascent from=aligned", "mean steps=1", "rho=.5"):
+        with pytest.raises(common.UserError, match=f"{words.split()[-1]!r} is none of these"):
+            grid.settings(words.split(), c)
+
+
+def test_the_grid_adds_rows_made_as_stage_4_makes_its_own(tiny_run, tmp_path, s5):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run[0], folder)
+    own = {s5.label(row): row for row in tiny_run[1]["04_panacea"]["rows"]}
+    asked = "anchored terms=h-a-g,a realign terms=a,a+g steps=2 -- ascent from=finetuned,panacea "
+    asked += "samples=0,3 -- mean from=finetuned,panacea"
+    made = grid.main([str(folder), "--device", "cpu", *asked.split()])["rows"]
+    added = {s5.label(row): row for row in made[len(own) :]}
+    assert [s5.label(row) for row in made[: len(own)]] == list(own)
+    names = [" ".join(name.split()[:3]) for name in added]
+    assert names == [
+        *("panacea_anchored terms a", "realign terms a+g", "ascent rho 0.5"),
+        *("panacea_ascent rho 0.5", "mean_step rho 0.5", "panacea_mean_step rho 0.5"),
+    ]
+    run = common.Run(folder)  # stage 4's own settings, made again, are stage 4's rows
+    stage4 = common.Run(folder).load("04_panacea.pt")
+    again = grid.Grid(run, stage4, torch.device("cpu"))
+    usual = grid.settings("anchored realign ascent ascent from=panacea".split(), stage4["config"])
+    for name, setting in usual:
+        new = getattr(again, name)(setting)
+        old = own[s5.label(new)]
+        for part in ("w", "eps"):
+            assert (old[part] is None) == (new[part] is None)
+            assert all(torch.equal(x, new[part][key]) for key, x in (old[part] or {}).items())
+    for name, found in added.items():
+        if found["eps"] is not None:
+            assert common.norm(found["eps"]) == pytest.approx(0.5, rel=1e-4), name
+    few = [name for name in added if "samples 3" in name]
+    assert len(few) == 2 and all("samples 3" in name for name in few)
+    results = s5.main(["--run", str(folder), "--device", "cpu", "--only", "mean_step", "ascent"])
+    assert len(results["rows"]) >= 3
+
+
+def test_an_experiment_calls_the_grid_before_stage_5():
+    jobs = dict(lab.experiments()["tuning-repairs"])
+    assert jobs["seed100"]["grid"].startswith("anchored terms=a,h-a,h-a-g ")
+    jobs = dict(lab.experiments()["tuning-laptop"])
+    assert "realign terms=a,a+g" in jobs["lam0.1-seed100"]["grid"]
+    assert not jobs["lam0.3-seed100"]["grid"] and "--radius 0" in jobs["lam0.3-seed100"][4]

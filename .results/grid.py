@@ -1,0 +1,178 @@
+"""More settings of stage 4's repairs than its flags make: `python .results/grid.py RUN ...`.
+
+    python .results/grid.py RUN anchored terms=a,h-a-g radius=.1,.2 steps=5,10 \\
+        -- realign terms=a lr=3e-4 steps=10,20 \\
+        -- ascent from=finetuned,panacea rho=.25,.5 steps=1,10 samples=20,0 -- mean rho=.5
+
+RUN has been through stages 1 to 4. Each part is a repair and lists of values, of which every
+combination is made with stage 4's own functions; what is not named is as in the run. They become
+further rows of RUN/04_panacea.pt (one that is there already stays), and stage 5 then measures
+all. `--` between parts is for the eye.
+
+    anchored   eps up h - anchor a - g, or with fewer terms: a, h-a   terms radius steps
+    realign    AdamW steps down a, or down a + g: a+g                 terms lr steps
+    ascent     eps of norm rho by steps up h, from plain fine-tuning  from rho steps samples
+               or from Panacea's w; samples: the first so many of
+               the harmful set are all it may use (0: the whole)
+    mean       one step up the mean of h over the whole harmful set   from rho
+"""
+
+import argparse
+import importlib
+import itertools
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # the project is on the path now
+
+s2, s4 = (importlib.import_module(name) for name in ("02_finetune", "04_panacea"))
+
+
+def defaults(c):
+    """{repair: {what can vary: its value in the run, or all that it can be, the default first}}."""
+    start = {"from": ("finetuned", "panacea"), "rho": c["rho"]}
+    anchored = {"radius": c["radius"], "steps": c["anchored_steps"]}
+    return {
+        "anchored": {"terms": ("h-a-g", "h-a", "a"), **anchored},
+        "realign": {"terms": ("a", "a+g"), "lr": c["realign_lr"], "steps": c["realign_steps"]},
+        "ascent": {**start, "steps": c["ascent_steps"], "samples": 0},
+        "mean": start,
+    }
+
+
+def settings(words, c):
+    """[(repair, {name: value})]: every combination that the words of the command line ask for."""
+    known, parts = defaults(c), []
+
+    def values(allowed, text):
+        if isinstance(allowed, tuple):  # one of these, or a LookupError
+            return [dict.fromkeys(allowed, x)[x] for x in text.split(",")]
+        return [type(allowed)(x) for x in text.split(",")]
+
+    try:
+        for word in words:
+            name, equals, text = word.partition("=")
+            if equals:
+                repair, grid = parts[-1]
+                grid[name] = values(known[repair][name], text)
+            else:
+                usual = {k: x[0] if isinstance(x, tuple) else x for k, x in known[name].items()}
+                parts.append((name, {key: [value] for key, value in usual.items()}))
+    except (LookupError, ValueError):
+        text = "; ".join(f"{name} {' '.join(grid)}" for name, grid in known.items())
+        raise common.UserError(f"{word!r} is none of these, or out of place: {text}") from None
+    return [
+        (name, dict(zip(grid, values)))
+        for name, grid in parts
+        for values in itertools.product(*grid.values())
+    ]
+
+
+class Grid:
+    """A run's model, its weights and batches, and one method for each repair: it makes a row."""
+
+    def __init__(self, run, stage4, device):
+        data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
+        self.c, (model, tokenizer) = stage4["config"], common.load_model(run, data, device)
+        self.w, self.examples = s2.adapt(model, tokenizer, data, self.c)
+        self.params, self.loss = list(self.w.values()), partial(s4.answer_loss, model)
+        self.collate = partial(common.collate, pad_id=tokenizer.pad_token_id, device=model.device)
+        self.start = {name: common.weights_of(stage2, name) for name in ("aligned", "finetuned")}
+        self.start["panacea"] = stage4["weights"]
+
+    def batches(self, name, size, samples=None, epochs=None):
+        """Batches of a set's first samples, drawn as stage 4 draws them for its repairs."""
+        rows = self.examples[name][:samples]
+        for part in common.draw_batches(rows, size, self.c["seed"] + 1, epochs):
+            yield self.collate(part)
+
+    def named(self, eps):
+        """{name: tensor on the CPU} of tensors in the order of w."""
+        return s4.copy_of(dict(zip(self.w, eps)))
+
+    def anchored(self, setting):
+        """Stage 4's anchored eps with some of its terms."""
+        c, attacked, half = self.c, self.start["finetuned"], max(1, self.c["batch_size"] // 2)
+        sets = {
+            "h": ("harmful", half, 1.0),
+            "a": ("alignment", c["batch_size"], -c["anchor"]),
+            "g": ("finetune", half, -1.0),
+        }
+        used = [sets[letter] for letter in setting["terms"].split("-")]
+        draws = zip(*(self.batches(name, size) for name, size, _ in used))
+        way = s4.global_norm([attacked[n] - self.start["aligned"][n] for n in self.w]).item()
+        s4.put(self.w, attacked)
+        factors, radius, steps = [f for *_, f in used], setting["radius"], setting["steps"]
+        eps = self.named(s4.climb(self.loss, self.params, draws, factors, radius * way, steps))
+        terms = {} if setting["terms"] == "h-a-g" else {"terms": setting["terms"]}
+        shown = {**terms, "radius": radius, "anchor": c["anchor"], "steps": steps}
+        return common.row("panacea_anchored", shown, {n: attacked[n] + eps[n] for n in eps})
+
+    def realign(self, setting):
+        """Stage 4's realign, on refusals or on the user's rows as well."""
+        c, sets = self.c, {"a": "alignment", "g": "finetune"}
+        used = [sets[letter] for letter in setting["terms"].split("+")]
+        draws = zip(*(self.batches(name, c["batch_size"]) for name in used))
+
+        def loss(batches):
+            return sum(map(self.loss, batches))
+
+        s4.put(self.w, self.start["finetuned"])
+        s4.realign(loss, self.params, draws, setting["steps"], setting["lr"], c["weight_decay"])
+        shown = {name: x for name, x in setting.items() if (name, x) != ("terms", "a")}
+        return common.row("realign", shown, s4.copy_of(self.w))
+
+    def up_h(self, model, setting, eps, **more):
+        """The row of an eps from where the setting says; Panacea's carries its name, and lam."""
+        ours, shown = setting["from"] == "panacea", {"rho": setting["rho"], **more}
+        return common.row("panacea_" * ours + model, shown, self.start[setting["from"]], eps)
+
+    def ascent(self, setting):
+        """Stage 4's steps up h, on some of the harmful samples."""
+        few = setting["samples"]
+        draws = zip(self.batches("harmful", self.c["harmful_batch_size"], few or None))
+        s4.put(self.w, self.start[setting["from"]])
+        rho, steps = setting["rho"], setting["steps"]
+        eps = self.named(s4.climb(self.loss, self.params, draws, (1.0,), rho, steps))
+        more = {"lam": self.c["lam"]} if setting["from"] == "panacea" else {}
+        more |= {"steps": steps} | ({"samples": few} if few else {})
+        return self.up_h("ascent", setting, eps, **more)
+
+    def mean(self, setting):
+        """One step up the mean of h over all harmful samples."""
+        s4.put(self.w, self.start[setting["from"]])
+        total = [0.0] * len(self.params)
+        for batch in self.batches("harmful", self.c["harmful_batch_size"], epochs=1):
+            grads, _ = s4.gradient(self.loss, self.params, batch)
+            total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
+        return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
+
+
+def main(argv=None):
+    """Make the rows that are asked for, and add them to RUN/04_panacea.pt; returns the artifact."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=common.folder, metavar="RUN", help="folder of a run")
+    parser.add_argument("words", nargs="+", metavar="WORD", help="REPAIR NAME=VALUE,VALUE ... ...")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="as of the stages")
+    args = parser.parse_args([x for x in argv if x != "--"])
+    stage4 = common.Run(args.run).load("04_panacea.pt")  # another Run: no parent of itself
+    todo = settings(args.words, stage4["config"])
+    run = common.Run(args.run)
+    grid = Grid(run, stage4, common.pick_device(args.device, stage4["config"]["preset"]))
+    rows = {(row["model"], str(row["setting"])): row for row in stage4["rows"]}
+    for name, setting in common.progress(todo, len(todo), "grid"):
+        made = getattr(grid, name)(setting)
+        rows.setdefault((made["model"], str(made["setting"])), made)
+    kept = {name: stage4[name] for name in ("weights", "epsilon", "log")}
+    artifact = run.save("04_panacea.pt", stage4["config"], **kept, rows=list(rows.values()))
+    print(f"{len(rows) - len(stage4['rows'])} rows added; next: {run.command('05_evaluate')}")
+    return artifact
+
+
+if __name__ == "__main__":
+    common.run_stage(main)
