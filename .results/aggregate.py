@@ -29,7 +29,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCORES = ("hs", "hs_plus", "refusal", "fa", "benign")
-LOSSES = ("h", "a")
+LOSSES = ("h", "a", "g")
 QUESTION = (  # what a run asks; runs that differ in these have no mean
     *("preset", "model", "task", "harm", "template", "poison_ratio", "n_align", "n_finetune"),
     *("n_harmful", "n_test", "align_epochs", "align_lr", "epochs", "lr", "batch_size", "r"),
@@ -211,6 +211,17 @@ def table_rows(pattern, columns, options):
         row = entry["row"]
         if "snapshot" not in row and "view" not in row:
             table.append((name, [number(entry, key, "sd" in options) for key in columns]))
+    return table
+
+
+def table_pairs(pattern, columns, options):
+    """Paired 95 % intervals of differences between rows: options "ROW minus ROW; ROW minus ROW"."""
+    (found,) = group(files(pattern))
+    table = [("difference", columns)]
+    for pair in " ".join(options).split("; "):
+        first, second = pair.split(" minus ")
+        entry = summarise(found, second)[first]
+        table.append((pair, [number(entry, f"{key}_diff", False) for key in columns]))
     return table
 
 
@@ -418,6 +429,7 @@ KINDS = {
     "ends": table_ends,
     "rows": table_rows,
     "groups": table_groups,
+    "pairs": table_pairs,
     "chosen": table_chosen,
     "fall": table_fall,
     "layers": table_layers,
@@ -512,8 +524,10 @@ STORY = (  # (row of the kept json, its name in the picture)
     ("random_matched", "noise of Panacea's size"),
     ("interpolated t 0.5", "half way back"),
     ("one_shot", "one step up h (lam = 0)"),
+    ("ascent", "ten steps up h"),
     ("panacea_w", "Panacea without eps"),
     ("panacea", "Panacea"),
+    ("panacea_ascent", "Panacea, ten steps up h"),
     ("panacea_anchored", "anchored (reads refusals)"),
     ("realign", "realign (reads refusals)"),
 )
@@ -553,7 +567,7 @@ def draw_story():
     """What becomes of harmful prompts, and the accuracy on the task, on the toy."""
     from matplotlib.figure import Figure
 
-    (found,) = group(files(".results/toy/seed*"))
+    (found,) = group(files(".results/direction/seed*"))
     summary = summarise(found)
     entries = [pick(summary, name) for name, _ in STORY]
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
@@ -619,6 +633,101 @@ def draw_map():
     save(figure, ROOT / ".assets/map.png")
 
 
+def along(summary, model, rho=0.5):
+    """[(||eps||, entry)] of a model as its eps grows: scaled, or climbed in balls of that radius.
+
+    It begins with the model without eps: the attacked one, or Panacea's w.
+    """
+    start = "panacea_w rho 0.5 lam 0.1" if model.startswith("panacea") else "finetuned"
+    points = {0.0: summary[start]}
+    for entry in summary.values():
+        row, setting = entry["row"], entry["row"]["setting"]
+        if row["model"] == model and "samples" not in setting and setting.get("steps", 10) == 10:
+            climbed = "ascent" in model and setting.get("scale", 1) == 1
+            if climbed:
+                points[setting["rho"]] = entry
+            elif "ascent" not in model:
+                points[rho * setting["scale"]] = entry
+    return sorted(points.items(), key=lambda point: point[0])
+
+
+def draw_mechanism():
+    """Losses and outcomes along w + t eps: one step, ten steps, noise; from plain fine-tuning."""
+    from matplotlib.figure import Figure
+
+    (found,) = group(files(".results/direction/seed*"))
+    summary, first = summarise(found), min(found["seeds"])
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey="row")
+    for column, (model, name) in enumerate(
+        (("one_shot", "one step up h"), ("ascent", "ten steps up h"), ("random_matched", "noise"))
+    ):
+        points = {0.0: summary["finetuned"]}
+        for entry in summary.values():
+            if entry["row"]["model"] == model and "scale" in entry["row"]["setting"]:
+                points[entry["row"]["setting"]["scale"]] = entry
+        places = sorted(t for t in points if t <= 3)
+        upper, lower = axes[0][column], axes[1][column]
+        for key, colour, what in (
+            ("h", "tab:red", "h: harmful answers"),
+            ("a", "tab:blue", "a: refusals"),
+            ("g", "tab:green", "g: the user's task"),
+        ):
+            upper.plot(places, [points[t][key] for t in places], color=colour, label=what)
+            rows = [found["rows"][label(points[t]["row"])][first] for t in places]
+            upper.plot(places, [row[key] for row in rows], color=colour, lw=0.7, ls=":")
+        bottom = np.zeros(len(places))
+        for kind, colour in OUTCOMES.items():
+            part = np.array([points[t][kind] for t in places])
+            what = kind.replace("_", " ")
+            lower.fill_between(places, bottom, bottom + part, color=colour, label=what, lw=0)
+            bottom += part
+        lower.plot(places, [points[t]["fa"] for t in places], "k.-", label="accuracy on the task")
+        upper.set_title(name)
+        lower.set(xlabel="t, in w + t eps (||eps|| = 0.5)", ylim=(0, 100), xlim=(0, 3))
+        for axis in (upper, lower):
+            axis.axvline(1, color="grey", lw=0.7)
+    axes[0][0].set(ylabel="loss per token, held out", ylim=(0, 2.5))
+    axes[1][0].set_ylabel("answers to harmful prompts, %")
+    for axis in (axes[0][2], axes[1][2]):
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, ROOT / ".assets/mechanism.png")
+
+
+def draw_frontier():
+    """Refusals against what they cost as ||eps|| grows: does training move the frontier?"""
+    from matplotlib.figure import Figure
+
+    (found,) = group(files(".results/direction/seed*"))
+    summary = summarise(found)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, key, what in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("fa", "benign"),
+        ("accuracy on the task, points lost", "look-alikes answered, points lost"),
+    ):
+        for model, style, name in (
+            ("one_shot", "o--", "plain fine-tuning, one step"),
+            ("ascent", "o-", "plain fine-tuning, ten steps"),
+            ("panacea", "s--", "Panacea, its last eps"),
+            ("panacea_ascent", "s-", "Panacea, ten steps"),
+        ):
+            colour = "tab:blue" if model.startswith("panacea") else "tab:orange"
+            points = [(rho, e) for rho, e in along(summary, model) if rho <= 0.75]
+            lost = [summary["finetuned"][key] - e[key] for _, e in points]
+            back = [e["refusal"] for _, e in points]
+            axis.plot(lost, back, style, color=colour, label=name, ms=4)
+            for (rho, _), x, y in zip(points, lost, back):
+                if rho in (0.25, 0.5):
+                    axis.annotate(
+                        f"{rho:g}", (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points"
+                    )
+        axis.set(xlabel=what, ylim=(0, 102))
+    figure.axes[0].set_ylabel("harmful prompts refused, %")
+    figure.axes[1].legend(fontsize=8, loc="lower right")
+    save(figure, ROOT / ".assets/frontier.png")
+
+
 # ---------------------------------------------------------------------------------------------
 # The command line
 
@@ -667,6 +776,8 @@ def main(argv=None):
             path.write_text(MARK.sub(rewritten, path.read_text(encoding="utf-8")), encoding="utf-8")
     if args.draw:
         draw_story()
+        draw_mechanism()
+        draw_frontier()
         draw_map()
     if args.check:
         wrong = [line for path in PAGES for line in differences(path)]

@@ -7,7 +7,7 @@
 RUN has been through stages 1 to 4. Each part is a repair and lists of values, of which every
 combination is made with stage 4's own functions; what is not named is as in the run. They become
 further rows of RUN/04_panacea.pt (one that is there already stays), and stage 5 then measures
-all. `--` between parts is for the eye.
+all, these at their own length only (no --scale). `--` between parts is for the eye.
 
     anchored   eps up h - anchor a - g, or with fewer terms: a, h-a   terms radius steps
     realign    AdamW steps down a, or down a + g: a+g                 terms lr steps
@@ -125,9 +125,11 @@ class Grid:
         return common.row("realign", shown, s4.copy_of(self.w))
 
     def up_h(self, model, setting, eps, **more):
-        """The row of an eps from where the setting says; Panacea's carries its name, and lam."""
+        """The row of an eps, at its own length only, from where the setting says; Panacea's
+        carries its name, and lam."""
         ours, shown = setting["from"] == "panacea", {"rho": setting["rho"], **more}
-        return common.row("panacea_" * ours + model, shown, self.start[setting["from"]], eps)
+        w = self.start[setting["from"]]
+        return common.row("panacea_" * ours + model, shown, {n: w[n] + eps[n] for n in w})
 
     def ascent(self, setting):
         """Stage 4's steps up h, on some of the harmful samples."""

@@ -46,6 +46,21 @@ def experiments():
     """{name: jobs}."""
     tuned, seeds = range(100, 106), range(10)
     found = {"toy": [job(f"seed{s}", s1=f"--seed {s}", s2=ALL) for s in seeds]}
+    # direction or training: the 2 x 2 table, the frontier over the radius, the mechanism
+    found["direction"] = with_flags(
+        [job(f"seed{s}", s1=f"--seed {s}") for s in seeds],
+        {
+            2: SFT,
+            "grid": "ascent from=finetuned,panacea rho=.175,.25,.35,.7 "
+            "ascent from=finetuned,panacea steps=1,2,5,20 "
+            "ascent from=finetuned samples=10,50 mean from=finetuned,panacea",
+            5: "--scale 0.25 0.35 0.5 0.7 1 1.5 2 3 --no-causal",
+        },
+    )
+    found["never-aligned"] = with_flags(  # the control of the mechanism: nothing to bring back
+        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
+        {2: f"{SFT} --align-epochs 0", 5: "--scale 0.5 1 1.5 --no-causal"},
+    )
     found["toy-tasks"] = with_flags(
         [
             job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}")

@@ -262,12 +262,16 @@ def test_the_grid_adds_rows_made_as_stage_4_makes_its_own(tiny_run, tmp_path, s5
     for name, setting in usual:
         new = getattr(again, name)(setting)
         old = own[s5.label(new)]
-        for part in ("w", "eps"):
-            assert (old[part] is None) == (new[part] is None)
-            assert all(torch.equal(x, new[part][key]) for key, x in (old[part] or {}).items())
+        whole = s5.adapter({**old, "scale": 1.0})  # the grid's are w + eps, and measured once
+        assert all(torch.equal(x, new["w"][key]) for key, x in whole.items())
+    start = {"ascent": common.weights_of(run.load("02_finetune.pt"), "finetuned")}
+    start |= {"mean_step": start["ascent"], "panacea_ascent": stage4["weights"]}
+    start["panacea_mean_step"] = stage4["weights"]
     for name, found in added.items():
-        if found["eps"] is not None:
-            assert common.norm(found["eps"]) == pytest.approx(0.5, rel=1e-4), name
+        if found["model"] in start:
+            w = start[found["model"]]
+            far = common.norm({key: found["w"][key] - w[key] for key in w})
+            assert far == pytest.approx(0.5, rel=1e-3), name
     few = [name for name in added if "samples 3" in name]
     assert len(few) == 2 and all("samples 3" in name for name in few)
     results = s5.main(["--run", str(folder), "--device", "cpu", "--only", "mean_step", "ascent"])
