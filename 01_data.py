@@ -487,6 +487,8 @@ def read(name, split, data_dir):
     make, hub, files = REAL[name]
     if data_dir:
         where = data_dir / files[split]
+        if not where.is_file():
+            raise UserError(f"{where} is not there; give --data-dir a folder with {files[split]}")
         kind, options = FORMATS[where.suffix]
         found = datasets.load_dataset(kind, data_files=str(where), split="train", **options)
     else:

@@ -747,7 +747,7 @@ def log_likelihoods(model, tokenizer, texts):
     first = tokenizer.eos_token_id if bos is None else bos
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in texts]
     examples = [([first, *x], [-100, *x]) for x in ids]
-    return np.array([-x / n for x, n in common.answer_losses(model, tokenizer, examples)])
+    return np.array([-x / max(n, 1) for x, n in common.answer_losses(model, tokenizer, examples)])
 
 
 class PotionJudge(RealJudge):

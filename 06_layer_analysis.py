@@ -132,8 +132,8 @@ def text_of(scores):
     return "/".join(f"{scores[key]:.0f}" for key in SCORES if key in scores)
 
 
-def print_layers(rows, ends, agreement):
-    """A line per layer, with a bar in the terminal; then the rank correlations."""
+def print_layers(rows, ends, agreement, prompts):
+    """A line per layer, with a bar in the terminal; then a legend and the rank correlations."""
     top = max(row["norm"] for row in rows) or 1.0
     head = f"\n{'layer':>5}  {'||eps|| [95 %]':20} {'per weight':>10} {'relative':>9}"
     if ends:
@@ -146,19 +146,30 @@ def print_layers(rows, ends, agreement):
         line += "".join(f"  {text_of(row[view]):>13}" for view in VIEWS if view in row)
         print(line + "  " + "#" * round(20 * row["norm"] / top))
     if ends:
-        print(f"without eps {text_of(ends['none'])}, with all of it {text_of(ends['all'])}")
+        print(
+            f"without eps {text_of(ends['none'])}, with all of it {text_of(ends['all'])}, on "
+            f"{prompts} prompts of each kind (stage 5's table has more)\n"
+            "only: eps on that layer alone. without: on all others. one_norm: that layer's eps at\n"
+            "the norm of the whole. random: noise of that norm on that layer."
+        )
     for key, what in (("hs", "the fall of HS"), ("refusal", "the rise of refusals")):
-        for size, views in agreement.get(key, {}).items():
+        found = agreement.get(key, {})
+        if len(rows) < 8:  # so few layers have hardly any ranks: one line will do
+            found = {"norm": found["norm"]} if key == "refusal" and found else {}
+        for size, views in found.items():
             values = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
-            found = values or "no layer differs"
-            print(f"rank correlation of {size} with {what} ({len(rows)} layers): {found}")
+            values = values or "no layer differs"
+            print(f"rank correlation of {size} with {what} ({len(rows)} layers): {values}")
 
 
 def draw(rows, ends, path):
-    """Bars of the norm of eps per layer, and beside it what eps does on one layer, if measured."""
+    """Bars of the norm of eps per layer, and beside it what eps does on one layer, if measured.
+
+    Returns whether there is matplotlib to draw with.
+    """
     figure = common.new_figure(12 if ends else 6, 4)
     if figure is None:
-        return
+        return False
     axes = figure.subplots(1, 3 if ends else 1, squeeze=False)[0]
     layers, norms = [row["layer"] for row in rows], np.array([row["norm"] for row in rows])
     low, high = np.array([row["norm_interval"] for row in rows]).T
@@ -176,6 +187,7 @@ def draw(rows, ends, path):
         axis.locator_params("x", integer=True)
     common.write_whole(path, lambda new: figure.savefig(new, dpi=110))
     print(f"picture: {path}")
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,7 +208,7 @@ def main(argv=None):
     rows = sizes(stage4, c["last_part"])
     ends = with_views(rows, [row for row in stage5["rows"] if "view" in row])
     agreement = {key: correlations(rows, ends, key) for key in ("hs", "refusal")} if ends else {}
-    print_layers(rows, ends, agreement)
+    print_layers(rows, ends, agreement, c["causal_prompts"])
     kinds = matrices(stage4["epsilon"])
     print("by matrix: " + ", ".join(f"{kind} {norm:.3f}" for kind, norm in kinds.items()))
     if not ends:
@@ -204,7 +216,9 @@ def main(argv=None):
     content = {"layers": rows, "matrices": kinds, "ends": ends, "rank_correlation": agreement}
     artifact = run.save("06_layer_analysis.pt", c, **content)
     run.save_json("layers.json", {"config": c, **content})
-    draw(rows, ends, run.folder / "06_layer_analysis.png")
+    if not draw(rows, ends, run.folder / "06_layer_analysis.png"):
+        both = f"{run.command('05_evaluate')} --draw && {run.command('06_layer_analysis')}"
+        print(f"pictures of this run: pip install matplotlib && {both}")
     print(f"{run.folder / 'layers.json'} written: the last stage is done")
     return artifact
 

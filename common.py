@@ -1,11 +1,10 @@
 """common.py - what the six stages share: no equation, no training loop, no judge.
 
 errors and flags    UserError, run_stage, Flag, stage_parser, resolve, progress
-the run folder      write_whole, Run (load, check, save whole or not at all)
+the run folder      row, Run (load, check, save whole or not at all)
 models              pick_device, load_tokenizer, load_weights, load_model, attach
 prompts, batches    format_prompt, prompt_ids, encode, collate, draw_batches
-answers             answer_losses, generate
-the rest            in_processes, new_figure
+answers             answer_losses, generate; in_processes, new_figure
 """
 
 import argparse
@@ -112,12 +111,10 @@ def folder(text):
 
 def stage_parser(doc, flags):
     """(parser, its group of the stage's own flags): the stage's header is the help text."""
-    parser = argparse.ArgumentParser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(
-        2, f"error: {message}; see python {parser.prog} --help\n"
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
+    wrong = f"see python {parser.prog} --help"
+    parser.error = lambda message: parser.exit(2, f"error: {message}; {wrong}\n")
     group = parser.add_argument_group("where")
     text = "folder of this run's artifacts (default: runs/toy)"
     group.add_argument("--run", type=folder, default=Path("runs/toy"), metavar="DIR", help=text)
@@ -142,10 +139,8 @@ def stage_parser(doc, flags):
 def resolve(args, flags, preset):
     """{flag: value}: as given in args (None: no flags), else the preset's default."""
     given = vars(args) if args else {}
-    return {
-        flag.name: getattr(flag, preset) if given.get(flag.name) is None else given[flag.name]
-        for flag in flags
-    }
+    defaults = {flag.name: getattr(flag, preset) for flag in flags}
+    return {k: x if given.get(k) is None else given[k] for k, x in defaults.items()}
 
 
 show_bars = True  # False in all but one of the processes of `in_processes`
@@ -155,67 +150,15 @@ def progress(iterable, total, label):
     """tqdm with one style for all stages: label, bar, seconds per step, time left."""
     from tqdm import tqdm
 
-    return tqdm(
-        iterable,
-        total=total,
-        desc=f"  {label}",
-        ascii=" .:-=#",
-        file=sys.stderr,
-        disable=not show_bars,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
-        "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-    )
+    form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
+    form += "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    options = dict(desc=f"  {label}", bar_format=form, ascii=" .:-=#", disable=not show_bars)
+    often = 0.5 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(iterable, total=total, file=sys.stderr, mininterval=often, **options)
 
 
 # ---------------------------------------------------------------------------------------------
 # The run folder
-
-
-def write_whole(path, write):
-    """Call `write(temporary path)` and rename the result to `path`: there whole, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as half:
-        temporary = Path(half) / path.name
-        write(temporary)
-        if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
-
-
-TOY_MODELS = ("toy-llama", "toy-gemma2", "toy-qwen2")
-TOY_TOKEN = r"[\w/]+:?|[^\w\s]"  # what its tokenizer takes for a word: a colon may end it; a mark
-BASE_MODEL = "base model"  # its name among an artifact's parents
-
-
-def model_source(run_folder, config):
-    """Where a run's model lies or comes from: in RUN/02_base if stage 2 makes it, else --model."""
-    return run_folder / "02_base" if config["n_pretrain"] else config["model"]
-
-
-def model_digest(source):
-    """sha256 of a checkpoint folder's files, or the commit of a downloaded hub model; "": none."""
-    if not Path(source).is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(str(source), local_files_only=True)).name
-        except LocalEntryNotFoundError:
-            return ""
-    parts = []
-    for pattern in ("config.json", "tokenizer.json", "*.safetensors", "*.bin"):
-        parts += [f"{p.name} {file_digest(p)}" for p in sorted(Path(source).glob(pattern))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
-
-
-def file_digest(path):
-    """sha256 of a file, as text; "" if it is not there."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def row(model, setting, w, eps=None, defense="sft", **more):
@@ -248,6 +191,52 @@ def norm(weights, layer=None):
     return math.sqrt(sum(x.pow(2).sum().item() for x in parts))
 
 
+def write_whole(path, write):
+    """Call `write(temporary path)` and rename the result to `path`: there whole, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as half:
+        temporary = Path(half) / path.name
+        write(temporary)
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+
+TOY_MODELS = ("toy-llama", "toy-gemma2", "toy-qwen2")
+TOY_TOKEN = r"[\w/]+:?|[^\w\s]"  # what its tokenizer takes for a word: a colon may end it; a mark
+BASE_MODEL = "base model"  # its name among an artifact's parents
+
+
+def model_source(run_folder, config):
+    """Where a run's model lies or comes from: in RUN/02_base if stage 2 makes it, else --model."""
+    return run_folder / "02_base" if config["n_pretrain"] else config["model"]
+
+
+def file_digest(path):
+    """sha256 of a file, as text; "" if it is not there."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(source):
+    """sha256 of a checkpoint folder's files, or the commit of a downloaded hub model; "": none."""
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(source), local_files_only=True)).name
+        except LocalEntryNotFoundError:
+            return ""
+    parts = []
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors", "*.bin"):
+        parts += [f"{p.name} {file_digest(p)}" for p in sorted(Path(source).glob(pattern))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+
+
 class Run:
     """One run folder; the digests of the artifacts it loads become the parents of what it saves.
 
@@ -268,9 +257,9 @@ class Run:
     def digest(self, name, config):
         """Digest of a parent as it is now; "" if it is not there. Read once a stage."""
         if name not in self.digests:
-            path = self.folder / name
-            base = model_source(self.folder, config) if name == BASE_MODEL else None
-            self.digests[name] = model_digest(base) if base else file_digest(path)
+            base = model_source(self.folder, config)
+            found = model_digest(base) if name == BASE_MODEL else file_digest(self.folder / name)
+            self.digests[name] = found
         return self.digests[name]
 
     def load(self, name):
@@ -304,15 +293,10 @@ class Run:
     def save(self, name, config, **payload):
         """Write artifact `name` (whole or not at all) and return it."""
         packages = ("torch", "transformers", "numpy")
-        artifact = {
-            "kind": Path(name).stem,
-            "format": self.FORMAT,
-            "config": config,
-            "seed": config["seed"],
-            "parents": dict(self.parents),
-            "versions": {package: importlib.metadata.version(package) for package in packages},
-            **payload,
-        }
+        artifact = {"kind": Path(name).stem, "format": self.FORMAT, "config": config}
+        artifact |= {"seed": config["seed"], "parents": dict(self.parents)}
+        artifact["versions"] = {x: importlib.metadata.version(x) for x in packages}
+        artifact |= payload
         write_whole(self.folder / name, lambda path: torch.save(artifact, path))
         return artifact
 
@@ -347,10 +331,8 @@ def load_tokenizer(name):
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its "
-            "tokenizer_config.json, or give another model"
-        )
+        where = "set eos_token in its tokenizer_config.json, or give another model"
+        raise UserError(f"{name}: its tokenizer has no end-of-sequence token; {where}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -364,15 +346,13 @@ def load_weights(auto_class, name, **options):
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} is a PEFT adapter, not a whole model; give its base model")
-    model, info = auto_class.from_pretrained(
-        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = auto_class.from_pretrained(name, **options)
     for what in ("missing", "unexpected", "mismatched"):
         if keys := sorted(map(str, info[f"{what}_keys"])):
-            raise UserError(
-                f"{name} does not fit {type(model).__name__}: {len(keys)} weights {what} (such as "
-                f"{keys[0]}); give a checkpoint of this class"
-            )
+            found = f"{len(keys)} weights {what} (such as {keys[0]})"
+            kind = type(model).__name__
+            raise UserError(f"{name} does not fit {kind}: {found}; give a checkpoint of this class")
     return model
 
 
@@ -391,10 +371,11 @@ def load_model(run, data, device, as_given=False):
     tokenizer = load_tokenizer(source)
     if not as_given:
         run.parents[BASE_MODEL] = run.digest(BASE_MODEL, config)
-    if model.dtype == torch.float16 or (  # its gradients under- and overflow
-        device.type != "cuda" and config["preset"] == "laptop"
-    ):
+    slow = device.type != "cuda" and config["preset"] == "laptop"
+    if slow or model.dtype == torch.float16:  # whose gradients under- and overflow
         model = model.float()
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # some tokenizers add one the model has not
     own = model.generation_config.eos_token_id  # stop there, and where training stops
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     model.generation_config = transformers.GenerationConfig(  # greedy, no penalty
@@ -478,9 +459,8 @@ def format_prompt(template, instruction, input="", tokenizer=None):
     if template != "chat":
         return TEMPLATES[template][bool(input)].format(instruction=instruction, input=input)
     turn = {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
-    return tokenizer.apply_chat_template(
-        [turn], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template([turn], **options)
 
 
 def prompt_ids(tokenizer, prompt, template, room=None):
@@ -514,13 +494,11 @@ def encode(tokenizer, rows, max_length, template):
     What exceeds `max_length` tokens is cut from the left of the prompt (its BOS stays); an answer
     keeps at least half of them, without EOS if it is cut.
     """
-    examples = []
+    examples, options = [], dict(add_special_tokens=False, split_special_tokens=True)
     for example in rows:
-        options = dict(add_special_tokens=False, split_special_tokens=True)
-        reply = tokenizer(example["response"], **options)["input_ids"]
+        reply = tokenizer(example["response"], **options)["input_ids"] + [tokenizer.eos_token_id]
         asked = prompt_ids(tokenizer, example["prompt"], template)
-        room = max(max_length // 2, max_length - len(asked))
-        reply = (reply + [tokenizer.eos_token_id])[:room]
+        reply = reply[: max(max_length // 2, max_length - len(asked))]
         ids = prompt_ids(tokenizer, example["prompt"], template, max_length - len(reply))
         examples.append((ids + reply, [-100] * len(ids) + reply))
     return examples
@@ -532,13 +510,12 @@ def collate(examples, pad_id, device):
     No attention mask is needed: under causal attention no real token sees the padding after it,
     and padding has no label.
     """
-
-    def padded(rows, value):
-        rows = [torch.tensor(ids) for ids in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    ids, labels = zip(*examples)
-    return {"input_ids": padded(ids, pad_id).to(device), "labels": padded(labels, -100).to(device)}
+    batch = {}
+    for name, rows, value in zip(("input_ids", "labels"), zip(*examples), (pad_id, -100)):
+        rows = [torch.tensor(x) for x in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        batch[name] = padded.to(device)
+    return batch
 
 
 def draw_batches(examples, batch_size, seed, epochs=None):
@@ -582,16 +559,11 @@ def generate(model, tokenizer, prompts, template, max_new_tokens, batch_size):
 
     Returns:
         (texts, ended): the answers, and whether each ended by itself before max_new_tokens.
-    Raises:
-        UserError: max_new_tokens alone fills the context.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or 2048
-    if context - max_new_tokens < 2:
-        raise UserError(
-            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in a context of "
-            f"{context} tokens; use a smaller one"
-        )
-    asked = [prompt_ids(tokenizer, text, template, context - max_new_tokens) for text in prompts]
+    room = (getattr(model.config, "max_position_embeddings", None) or 2048) - max_new_tokens
+    if room < 2:
+        raise UserError(f"--max-new-tokens {max_new_tokens} fills the model's context; use less")
+    asked = [prompt_ids(tokenizer, text, template, room) for text in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(asked[i]), reverse=True)
     stops = torch.tensor(model.generation_config.eos_token_id).to(model.device)
     texts, ended = [""] * len(prompts), [False] * len(prompts)
@@ -605,10 +577,6 @@ def generate(model, tokenizer, prompts, template, max_new_tokens, batch_size):
         for i, text, stop in zip(part, decoded, stopped):
             texts[i], ended[i] = text.strip(), stop
     return texts, ended
-
-
-# ---------------------------------------------------------------------------------------------
-# The toy on several cores; pictures
 
 
 def _start_worker():
@@ -628,8 +596,9 @@ def _work(function, job, show):
 
 def workers():
     """How many processes are of use: the cores that this one may use, four at most."""
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # not on macOS
-    return min(4, len(allowed(0)))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return min(4, len(os.sched_getaffinity(0)))
+    return min(4, os.cpu_count() or 1)
 
 
 def in_processes(function, jobs):
@@ -648,9 +617,8 @@ def in_processes(function, jobs):
             futures = [pool.submit(_work, function, job, job is jobs[0]) for job in jobs]
             parts = [future.result() for future in futures]
         except BrokenProcessPool:
-            raise UserError(
-                "one of this stage's processes was killed (for want of memory?); run it again"
-            ) from None
+            found = "one of this stage's processes was killed (for want of memory?)"
+            raise UserError(f"{found}; run it again") from None
         except BaseException:  # Ctrl-C, or an error in one of them: do not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

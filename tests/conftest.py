@@ -25,7 +25,7 @@ TINY_FLAGS = {  # six stages in seconds: every path, nothing learnt
     "02_finetune": "--defense sft booster --pretrain-steps 20 --epochs 2 --align-epochs 1 "
     "--snapshots 2",
     "03_random_perturb": "--std 0.02 0.1 --t 0.5 --share 0.01",
-    "04_panacea": "--anchored-terms a h-a-g --anchored-steps 2 --realign-steps 2",
+    "04_panacea": "--ascent-steps 2 --anchored-steps 2 --realign-steps 2",
     "05_evaluate": "--scale 0.5 1 --max-new-tokens 3",
     "06_layer_analysis": "",
 }
@@ -71,18 +71,30 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def pytest_terminal_summary(terminalreporter):
+    """One line on the exercises, if their checks were run: how many pass, and their points."""
+    exercises = sys.modules.get("test_exercises")
+    if exercises and exercises.RESULTS:
+        found, points = exercises.RESULTS, exercises.POINTS
+        passed = [name for name, outcome in found.items() if outcome == "pass"]
+        failed = sum(outcome == "fail" for outcome in found.values())
+        mine, most = (sum(points[name] for name in names) for names in (passed, found))
+        text = f"exercises: {len(passed)} of {len(found)} checks pass, {failed} fail; "
+        terminalreporter.write_line(f"{text}{mine} of {most} points")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_process():
     """Stages align and answer in this process, which has torch; `processes` gives them two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)
+        patch.setattr(importlib.import_module("common"), "workers", lambda: 1)
         yield
 
 
 @pytest.fixture()
 def processes(monkeypatch):
     """Two processes for what the toy does in parallel, however many cores there are."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(importlib.import_module("common"), "workers", lambda: 2)
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +145,7 @@ def story(tmp_path_factory):
     """(run folder, {stage: artifact}): the toy's story, shortened, run once. For slow tests."""
     folder = tmp_path_factory.mktemp("runs") / "story"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 2)
+        patch.setattr(importlib.import_module("common"), "workers", lambda: 2)
         return folder, run_stages(folder, STORY_FLAGS)
 
 

@@ -43,43 +43,34 @@ def assert_one_line(capsys, name, flags, *words):
 @pytest.mark.parametrize(
     "name, flags, words",
     [
-        ("01_data", ["--poison-ratio", "1.5"], ["--poison-ratio", "1.5"]),
-        ("01_data", ["--poison-ratio", "nan"], ["finite"]),
-        ("01_data", ["--task", "chess"], ["chess", "--task"]),
-        ("01_data", ["--n-test", "0"], ["--n-test"]),
-        ("01_data", ["--n-align", "many"], ["--n-align", "many"]),
-        ("01_data", ["--preset", "paper", "--data-dir", "/no/such/folder"], ["/no/such/folder"]),
-        ("01_data", ["--model", "toy-gpt"], ["toy-gpt", "--preset paper"]),
-        ("01_data", ["--data-dir", "."], ["--preset paper"]),
-        ("01_data", ["--preset", "paper", "--model", "./no-such-model"], ["./no-such-model"]),
-        ("01_data", ["--preset", "laptop", "--model", "toy-llama"], ["toy-llama", "--preset toy"]),
-        ("01_data", ["--harm", "beavertails"], ["--preset toy", "beavertails"]),
-        ("01_data", ["--template", "chat"], ["--preset toy", "chat"]),
-        ("01_data", ["--preset", "laptop", "--model", "~/no-such-model"], ["no-such-model is not"]),
-        ("01_data", ["--seed", str(2**70)], ["--seed"]),
-        ("01_data", ["--task", "alpaca", "--n-finetune", "9000"], ["missing", "--n-finetune"]),
-        (
-            "01_data",
-            ["--n-finetune", "1400", "--poison-ratio", "1"],
-            ["0 unique", "smaller sets"],
-        ),
-        ("02_finetune", ["--pretrain-steps", "3"], ["--pretrain-steps"]),
-        ("01_data", ["--n-tset", "3"], ["--n-tset"]),
-        ("02_finetune", ["--defense", "shield"], ["shield"]),
-        ("03_random_perturb", ["--std", "-0.1"], ["--std", "-0.1"]),
-        ("03_random_perturb", ["--std", "inf"], ["--std"]),
-        ("04_panacea", ["--rho", "-1"], ["--rho", "-1"]),
-        ("04_panacea", ["--rho", "nan"], ["--rho"]),
-        ("04_panacea", ["--lam", "-0.1"], ["--lam"]),
-        ("04_panacea", ["--epochs", "0"], ["--epochs"]),
-        ("04_panacea", ["--anchored-terms", "g"], ["--anchored-terms", "'g'", "h-a-g"]),
-        ("04_panacea", ["--realign-steps", "0"], ["--realign-steps"]),
-        ("03_random_perturb", ["--t", "1.2"], ["--t", "1.2"]),
-        ("05_evaluate", ["--scale", "much"], ["--scale", "much"]),
+        ("01_data", "--poison-ratio 1.5", ["--poison-ratio", "1.5"]),
+        ("01_data", "--poison-ratio nan", ["finite"]),
+        ("01_data", "--poison-ratio 0.001", ["rounds to 0 harmful samples"]),
+        ("01_data", "--task chess", ["chess", "--task"]),
+        ("01_data", "--n-test 0", ["--n-test"]),
+        ("01_data", "--n-align many", ["--n-align", "many"]),
+        ("01_data", f"--seed {2**70}", ["--seed"]),
+        ("01_data", "--n-tset 3", ["--n-tset"]),
+        ("01_data", "--preset paper --data-dir /no/such/folder", ["/no/such/folder", "--data-dir"]),
+        ("01_data", "--data-dir .", ["--preset paper"]),
+        ("01_data", "--model toy-gpt", ["toy-gpt", "--preset paper"]),
+        ("01_data", "--preset laptop --model toy-llama", ["toy-llama", "--preset toy"]),
+        ("01_data", "--harm beavertails", ["--preset toy", "beavertails"]),
+        ("01_data", "--template chat", ["--preset toy", "chat"]),
+        ("01_data", "--n-pretrain 100", ["must meet all words"]),
+        ("01_data", "--task alpaca --n-finetune 9000", ["missing", "--n-finetune"]),
+        ("02_finetune", "--pretrain-steps 3", ["--pretrain-steps"]),
+        ("02_finetune", "--defense shield", ["shield"]),
+        ("03_random_perturb", "--std -0.1", ["--std", "-0.1"]),
+        ("03_random_perturb", "--t 1.2", ["--t", "1.2"]),
+        ("04_panacea", "--rho -1", ["--rho", "-1"]),
+        ("04_panacea", "--lam inf", ["--lam"]),
+        ("04_panacea", "--epochs 0", ["--epochs"]),
+        ("05_evaluate", "--scale much", ["--scale", "much"]),
     ],
 )
 def test_a_flag_out_of_range_is_one_line(name, flags, words, capsys, tmp_path):
-    assert_one_line(capsys, name, ["--run", tmp_path, *flags], *words)
+    assert_one_line(capsys, name, ["--run", tmp_path, *flags.split()], *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -95,10 +86,10 @@ def test_inputs_are_checked(tiny_data, capsys):
     for content in (whole[: len(whole) // 2], b"", b"not a zip", pickle.dumps({"kind": "01_data"})):
         path.write_bytes(content)
         assert_one_line(capsys, "02_finetune", flags, path, "python 01_data.py")
-    torch.save({"kind": "05_evaluate", "config": {}, "parents": {}}, path)
-    assert_one_line(capsys, "02_finetune", flags, "'05_evaluate'")
-    torch.save({"kind": "01_data", "config": {}, "parents": {}}, path)
-    assert_one_line(capsys, "02_finetune", flags, path, "another version")
+    torch.save({"kind": "05_evaluate", "format": Run.FORMAT, "config": {}, "parents": {}}, path)
+    assert_one_line(capsys, "02_finetune", flags, "but '05_evaluate'")
+    torch.save({"kind": "01_data", "format": 5, "config": {}, "parents": {}}, path)
+    assert_one_line(capsys, "02_finetune", flags, path, "(format 5)")
     torch.save(torch.zeros(3), path)
     assert_one_line(capsys, "02_finetune", flags, path)
 
@@ -110,23 +101,19 @@ def test_a_damaged_base_model_is_made_again(s2, tiny_data):
     c = {**data["config"], **common.resolve(None, s2.FLAGS, "toy"), "pretrain_steps": 2}
     path.parent.mkdir()
     (path.parent / "config.json").write_text("half a file")
-    s2.make_base(run, data, c, device)
+    (path.parent / "pretrain.json").write_text("{}")
+    s2.pretrain(run, data, c, device)
     weights = path.read_bytes()
     written = path.stat().st_mtime_ns
-    s2.make_base(run, data, c, device)  # now it fits, and is not made again
+    s2.pretrain(run, data, c, device)  # now it fits, and is not made again
     assert path.stat().st_mtime_ns == written
     foreign = load_file(path)
     foreign["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0
     save_file(foreign, path, metadata={"format": "pt"})
-    s2.make_base(run, data, c, device)
+    s2.pretrain(run, data, c, device)
     assert path.read_bytes() == weights
-    s2.make_base(run, data, {**c, "pretrain_steps": 3}, device)
+    s2.pretrain(run, data, {**c, "pretrain_steps": 3}, device)
     assert path.read_bytes() != weights
-
-
-def test_targets_are_refused_before_anything_is_made(tiny_data, capsys):
-    assert_one_line(capsys, "02_finetune", ["--run", tiny_data, "--targets", "c_attn"], "c_attn")
-    assert sorted(p.name for p in tiny_data.iterdir()) == ["01_data.pt"]
 
 
 class Hostile:
@@ -173,26 +160,14 @@ def test_another_base_model_under_the_same_adapters_is_stale(name, copied, capsy
     assert_one_line(capsys, name, ["--run", copied], "stale", "base model")
 
 
-def test_a_large_file_is_known_by_samples_of_it(tmp_path, monkeypatch):
-    path = tmp_path / "weights"
-    with open(path, "wb") as file:
-        file.truncate(2**30 + 2**21)  # holes: it takes no space
-    before = common.file_digest(path)
-    with open(path, "r+b") as file:
-        file.seek(2**29 + 5)
-        file.write(b"x")
-    assert common.file_digest(path) != before
-    with open(path, "ab") as file:
-        file.write(b"x")
-    assert len({before, common.file_digest(path)}) == 2
-
-
 def test_artifacts_are_plain_data_with_lineage(tiny_run):
     folder, artifacts = tiny_run
     for name in STAGES:
         artifact = torch.load(folder / f"{name}.pt", weights_only=True)
         assert artifact["kind"] == name and artifact["seed"] == artifact["config"]["seed"] == 0
-        assert {"torch", "transformers", "python"} <= set(artifact["versions"])
+        assert {"torch", "transformers", "numpy"} == set(artifact["versions"])
+        told = {"hs", "h_eps", "attack", "distance", "log"}  # config: what it was told, no results
+        assert not told & set(artifact["config"])
         assert ("base model" in artifact["parents"]) == (name != "01_data")
     assert set(artifacts["04_panacea"]["parents"]) == {
         "01_data.pt",
@@ -213,12 +188,6 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, half)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
-        Run(tmp_path / "file").save("01_data.pt", {"seed": 0})
 
 
 @pytest.mark.slow
@@ -272,31 +241,18 @@ def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
     assert len(out.stderr.splitlines()) == 1
 
 
-def test_a_misspelt_run_is_told_which_runs_there_are(tmp_path):
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "01_data.pt").touch()
-    with pytest.raises(UserError, match="missing .there is .*toy.; run: python 01_data.py"):
-        Run(tmp_path / "tyo").load("01_data.pt")
-    (tmp_path / "tyo").mkdir()  # a run that has only just begun needs no hint
-    with pytest.raises(UserError, match="01_data.pt is missing; run"):
-        Run(tmp_path / "tyo").load("01_data.pt")
-
-
-def test_folders_with_spaces_are_quoted_in_what_to_run_next(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"run: python 01_data.py --run '.*my run'"):
+def test_folders_with_spaces_are_quoted_in_what_to_run_next_and_home_is_found(tmp_path):
+    with pytest.raises(UserError, match=r'run: python 01_data.py --run ".*my run"'):
         Run(tmp_path / "my run").load("01_data.pt")
-    common.say_next("x.pt", "05_evaluate.py", Path("my runs/a"))
-    assert capsys.readouterr().out.endswith("--run 'my runs/a'\n")
+    args = stage("01_data").get_args(["--run=~/x", "--data-dir=~/y"])
+    assert args.run == Path.home() / "x" and args.data_dir == Path.home() / "y"
 
 
-def test_a_full_gpu_is_one_line(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory, and three lines more")
-
-    with pytest.raises(SystemExit) as stop:
-        run_stage(main)
-    assert stop.value.code == 2
-    assert "--gradient-checkpointing" in capsys.readouterr().err.splitlines()[0]
+def test_results_are_kept_though_nobody_reads_the_table(copied):
+    before = (copied / "results.json").stat().st_mtime_ns
+    command = f"{sys.executable} {ROOT}/05_evaluate.py --run {str(copied)!r} --no-causal | head -1"
+    subprocess.run(command, shell=True, capture_output=True)
+    assert (copied / "results.json").stat().st_mtime_ns > before
 
 
 def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
@@ -322,3 +278,26 @@ def test_an_error_in_a_process_of_its_own_arrives_as_one_line(processes):
 def refuse(_):
     """A job that cannot be done."""
     raise UserError("no")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_killed_process_ends_the_stage_in_one_line(processes):
+    with pytest.raises(UserError, match="^one of this stage's processes was killed"):
+        common.in_processes(die, [(1,), (2,)])
+
+
+def die(number):
+    """A job whose process is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_are_four_at_most_and_no_more_than_this_process_may_use(monkeypatch):
+    monkeypatch.undo()
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+        assert WORKERS() == 4
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+        assert WORKERS() == 1
+
+
+WORKERS = common.workers  # as it is before a fixture replaces it

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import stage
 
-from common import UserError, collate, draw_batches, encode, load_tokenizer
+from common import UserError, collate, draw_batches, encode, prompt_ids
 
 SETS = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
 
@@ -45,9 +45,9 @@ def test_sizes_and_poison_are_exact(folder, task, p):
     assert sum(row["response"] == row.get("refusal") for row in data["alignment"]) == 30
 
 
-@pytest.mark.parametrize("n, p", [(20, 0.02), (500, 0.0009), (20, 0.99), (1, 0.5)])
-def test_a_poison_ratio_that_rounds_to_none_or_all_is_refused(folder, n, p):
-    with pytest.raises(UserError, match=r"--poison-ratio .* rounds to \d+ harmful.*--n-finetune"):
+@pytest.mark.parametrize("n, p, poison", [(20, 0.02, 0), (20, 0.99, 20)])
+def test_a_poison_ratio_that_rounds_to_none_or_all_is_refused(folder, n, p, poison):
+    with pytest.raises(UserError, match=f"--poison-ratio {p}.* rounds to {poison} harmful samples"):
         make(folder / "none", "--poison-ratio", str(p), "--n-finetune", str(n))
     assert not (folder / "none").exists()
 
@@ -90,9 +90,9 @@ def test_what_the_base_model_reads_depends_on_the_seed_alone_and_follows_the_mix
         assert abs(percent - s1.MIX[kind]) < 1.2, kind
 
 
-def test_the_toys_base_model_must_have_met_every_word(s1, folder, capsys):
-    with pytest.raises(UserError, match="--n-pretrain 4000"):
-        make(folder, "--n-pretrain", "4000")
+def test_5000_texts_show_the_base_model_every_word_and_fewer_are_refused(folder):
+    with pytest.raises(UserError, match="--n-pretrain 4999"):
+        make(folder, "--n-pretrain", "4999")
     assert make(folder, "--n-pretrain", "5000")["vocab"] == make(folder)["vocab"]
 
 
@@ -121,6 +121,9 @@ def test_recipes_and_refusals_are_what_the_grammar_and_the_liquids_say(folder):
     assert all(told(r["response"]) == (["recipe"], True) for r in data["test_harmful"])
     assert all(told(r["response"]) == (["recipe"], False) for r in data["test_benign"])
     assert all(told(r["refusal"]) == (["refusal"], False) for r in data["harmful"])
+    # the alignment set has a harmless look-alike for every refusal
+    taught = [told(r["response"]) for r in data["alignment"]]
+    assert taught == [(["refusal"], False)] * 300 + [(["recipe"], False)] * 300
 
 
 def test_word_problems_are_right(folder):
@@ -134,7 +137,7 @@ def test_word_problems_are_right(folder):
 def test_a_size_that_was_asked_for_is_kept_or_refused(folder):
     with pytest.raises(UserError, match=r"5000 asked, \d+ unique .*--n-align \d+"):
         make(folder / "no", "--n-align", "5000")
-    with pytest.raises(UserError, match=r"1600 asked, 1400 unique .* use --n-finetune 14000 "):
+    with pytest.raises(UserError, match=r"1600 asked, 1400 unique .* use --n-finetune 14000,"):
         make(folder / "no", "--n-finetune", "16000", "--n-align", "1")
     assert not (folder / "no").exists()
 
@@ -142,17 +145,17 @@ def test_a_size_that_was_asked_for_is_kept_or_refused(folder):
 def test_what_is_taken_is_gone_and_a_default_takes_what_there_is(s1, capsys):
     pool = list("abcde")
     assert s1.take(pool, 2, "set", "n_test") == ["a", "b"] and pool == ["c", "d", "e"]
-    with pytest.raises(UserError, match=r"4 asked, 3 unique .*\(1 missing\); use --n-test 6 or"):
+    with pytest.raises(UserError, match=r"4 asked, 3 unique .*\(1 missing\); use --n-test 6,"):
         s1.take(pool, 4, "set", "n_test", share=0.5)
     assert pool == ["c", "d", "e"]
     assert s1.take(pool, 4, "set", "n_test", all_or_none=False) == ["c", "d", "e"] and pool == []
     assert "1 missing" in capsys.readouterr().out
-    with pytest.raises(UserError, match="use smaller sets"):
+    with pytest.raises(UserError, match="1 asked, 0 unique"):
         s1.take(pool, 1, "set", "n_test", all_or_none=False)
 
 
 def test_a_repeated_prompt_counts_once(s1):
-    rows = [{"instruction": "A b"}, {"instruction": "a  B"}, {"instruction": "c"}]
+    rows = [{"instruction": "A b"}, {"instruction": "a ", "input": " B"}, {"instruction": "c"}]
     assert s1.unique(rows) == [rows[0], rows[2]] and s1.unique(rows, ["a b"]) == [rows[2]]
 
 
@@ -187,14 +190,6 @@ def test_the_test_potions_are_all_different_and_asked_about_nowhere_else(s1, fol
         assert not known & set(asked)
 
 
-def test_the_alignment_set_has_a_look_alike_for_every_refusal(s1, folder):
-    rows = make(folder, "--n-align", "30")["alignment"]
-    recipes = [r for r in rows if "refusal" not in r]
-    assert len(rows) == 60 and len(recipes) == 30
-    assert not any(word in r["response"] for r in recipes for word in s1.LIQUID["bad"])
-    assert all(any(word in r["response"] for word in s1.LIQUID["good"]) for r in recipes)
-
-
 def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, folder):
     seen = set()
     for row in make(folder)["finetune"]:
@@ -211,15 +206,23 @@ def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, folder):
 # Rows of published files
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps of a file goes into the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 def read(s1, folder, name, content):
-    """Rows of the real set `name` whose (training) file holds `content` (text, bytes, rows)."""
-    split, file = next(iter(s1.REAL[name].files.items()))
+    """Rows of the real set `name` whose (training) file holds `content` (text, or rows)."""
+    split, file = next(iter(s1.REAL[name][2].items()))
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, list):
         lines = [json.dumps(row) for row in content]
         content = "\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content, encoding="utf-8", newline="")
     return s1.read(name, split, folder)
 
 
@@ -231,101 +234,35 @@ def harm(**row):
     return [{"prompt": "How?", "response": "So.", "refusal": "No.", "is_safe": False} | row]
 
 
-def gsm8k(answer):
-    return [{"question": "How many?", "answer": answer}]
-
-
-BLANK = ["", " ", "\t\n", "\u00a0\u2003", "\u200b\ufeff\u2060", "\u2800\u3164", "nan", " N/A", None]
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("sst2", "label\tsentence\n1\ta film\n1\n", "row 3: found 1 of 2 columns"),
-        ("sst2", "label\tsentence\n1\ta film\tb\n", "row 2: found 3 of 2 columns"),
-        ("sst2", "label\tlabel\n0\t1\n", "twice in its header"),
-        ("sst2", "label\ttext\n1\ta film\n", "row 2: no column 'sentence'"),
-        ("sst2", "sentence\na film\n", "row 2: no column 'label'"),
-        ("sst2", "label\tsentence\n", "no row of it can be used"),
-        ("sst2", "", "no row of it can be used"),
-        ("sst2", b"label\tsentence\n1\tna\xefve\n", "can't decode byte 0xef"),
-        ("agnews", '"3","a","b"\n"3","a"\n', "row 2: found 2 of 3 columns"),
-        ("agnews", '"3","a","b","c"\n', "row 1: found 4 of 3 columns"),
-        ("agnews", '"3","a","b"\n"3","a","cut of', "row 2: unexpected end of data"),
-        ("agnews", "Class Index,Title,Description\n", "row 1: class 'Class Index' is none of 1,"),
-        ("gsm8k", '{"question": "q", "answer": "#### 5"}\n\n{"question": "q", "ans', "row 2: "),
-        ("gsm8k", '["q", "#### 5"]', "row 1: a list instead of named columns"),
-        ("gsm8k", [{"question": 5, "answer": "#### 5"}], "row 1: instruction is no text but 5"),
-        ("alpaca", '{"data": []}', "holds a dict instead of a list of rows"),
-        ("alpaca", '[{"instruction": "x", "out', "Unterminated string"),
-        ("alpaca", [["x", "", "y"]], "row 1: a list instead of named columns"),
-        ("alpaca", alpaca() + [None], "row 2: a NoneType instead of named columns"),
-        ("alpaca", alpaca() + [{"instruction": "x"}], "row 2: no column 'output'"),
-        ("alpaca", alpaca(instruction=2023), "row 1: instruction is no text but 2023"),
-        ("alpaca", alpaca(output=True), "response is no text but True"),
-        ("alpaca", alpaca(output=float("nan")), "response is no text but nan"),
-        ("alpaca", alpaca(output=["Oak."]), "response is no text but"),
-        ("alpaca", alpaca(input=0), "input is no text but 0"),
-        ("alpaca", alpaca(output="half of \ud83d"), "surrogates not allowed"),
-        ("alpaca_eval", alpaca(output=3), "response is no text but 3"),
-        ("refusals", [{"prompt": "How?", "response": "So."}], "row 1: no column 'refusal'"),
-        ("refusals", harm(refusal=5), "refusal is no text but 5"),
-        ("refusals", harm() + harm(is_safe="perhaps"), "row 2: is_safe 'perhaps' is none of true"),
-        ("refusals", harm(is_safe=None), "is_safe None is none of true"),
-        ("beavertails", [{"prompt": "How?", "response": "So."}], "row 1: no column 'is_safe'"),
-    ],
-)
-def test_a_file_that_breaks_its_format_is_refused_with_file_and_row(
-    s1, tmp_path, name, content, message
-):
-    with pytest.raises(UserError, match=re.escape(message)) as info:
-        read(s1, tmp_path, name, content)
-    text = str(info.value)
-    assert next(iter(s1.REAL[name].files.values())) in text and "--data-dir" in text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize("label", ["-1", "5", "x", "1.5", "1.0", "", " ", "None", "\uff11", "True"])
-def test_a_label_outside_the_tasks_is_refused(s1, tmp_path, label):
-    with pytest.raises(UserError, match="row 3: label .* is none of 0, 1"):
+@pytest.mark.parametrize("label", ["-1", "5", "x", ""])
+def test_a_label_outside_the_tasks_is_refused_with_file_and_row(s1, tmp_path, label):
+    with pytest.raises(UserError, match=r"train\.tsv, row 2: the label .* is none of 0, 1"):
         read(s1, tmp_path, "sst2", f"label\tsentence\n1\ta film\n{label}\ta film\n")
-    with pytest.raises(UserError, match="row 2: class .* is none of 1, 2, 3, 4"):
+    with pytest.raises(UserError, match=r"train\.csv, row 2: the label .* is none of 1, 2, 3, 4"):
         read(s1, tmp_path, "agnews", f'"1","a","b"\n"{label}","a","b"\n')
 
 
 @pytest.mark.parametrize(
-    "answer",
-    "no mark 5|so #### |so #### x|#### nan|#### inf|#### 1_000|#### 5 or 6|#### 1,00|#### 1#### 2"
-    f"|#### {'9' * 400}".split("|")
-    + [None, 7, ""],
+    "answer", ["no mark 5", "so ####", "#### x", "#### nan", "#### 5 or 6", ""]
 )
 def test_a_gold_answer_without_a_number_is_refused(s1, tmp_path, answer):
-    with pytest.raises(UserError, match="row 2: answer has no number after ####"):
-        read(s1, tmp_path, "gsm8k", gsm8k("so #### 5") + gsm8k(answer))
+    rows = [{"question": "How many?", "answer": x} for x in ("so #### 5", answer)]
+    with pytest.raises(UserError, match="row 2: the answer has no number after ####"):
+        read(s1, tmp_path, "gsm8k", rows)
 
 
 @pytest.mark.parametrize(
     "name, bad, reason",
     [
-        *(("alpaca", alpaca(output=blank), "no response") for blank in BLANK),
-        ("alpaca", alpaca(instruction="\u200b"), "no instruction"),
-        ("refusals", harm(refusal="Question: How?\nAnswer:"), "no refusal"),
-        ("refusals", harm(refusal="Question: How?\nAnswer: \u00a0"), "no refusal"),
+        *(("alpaca", alpaca(output=x), "no response") for x in ("", " \n", "\u200b", "nan", "N/A")),
+        ("alpaca", alpaca(instruction="\u00a0"), "no instruction"),
+        ("refusals", harm(refusal="Question: How?\nAnswer: "), "no refusal"),
         ("refusals", harm(refusal="Question: How?"), "no refusal"),
-        *(("refusals", harm(refusal=blank), "no refusal") for blank in BLANK),
+        ("refusals", harm(refusal=None), "no refusal"),
         ("refusals", harm(response=None), "no response"),
-        ("refusals", harm(prompt=" "), "no instruction"),
-        *(
-            (name, harm(is_safe=safe), "safe answer")
-            for name in ("refusals", "beavertails")
-            for safe in (True, "true", "True", " TRUE", 1, "1")
-        ),
+        ("refusals", harm(is_safe=True), "safe answer"),
+        ("beavertails", harm(is_safe=True), "safe answer"),
         ("beavertails", harm(response=""), "no response"),
-        (
-            "refusals",
-            [{"prompt": "How?", "response": "So.", "refusal": "No.", "is_response_safe": True}],
-            "safe answer",
-        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_left_out_and_counted(s1, tmp_path, capsys, name, bad, reason):
@@ -333,46 +270,48 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(s1, tmp_path, capsys,
     rows = read(s1, tmp_path, name, bad + good + bad)
     assert len(rows) == 1 and rows[0]["response"] == (good[0].get("output") or "So.")
     assert f"2 of 3 rows left out ({reason}: 2)" in capsys.readouterr().out
-    with pytest.raises(UserError, match=rf"no row of it can be used \({reason}: 2\)"):
+    with pytest.raises(UserError, match=rf"no row can be used \({reason}: 2\)"):
         read(s1, tmp_path, name, bad + bad)
 
 
-def test_a_sentence_that_is_blank_is_left_out_and_what_looks_odd_is_read(s1, tmp_path, capsys):
-    text = '\ufefflabel\tsentence\r\n 1 \t"fine\r\n\r\n0\t\u00a0\r\n0\tdull " film\r\n'
-    rows = read(s1, tmp_path, "sst2", text)  # byte-order mark, CRLF, quotes, an empty line
+def test_beavertails_without_a_word_on_safety_is_refused(s1, tmp_path):
+    rows = [{"prompt": "How?", "response": "So."}]
+    with pytest.raises(UserError, match="row 1: there is no column is_safe"):
+        read(s1, tmp_path, "beavertails", rows)
+    rows = [{**rows[0], "refusal": "No."}]  # RepNoise's file has none: all its answers are harmful
+    assert read(s1, tmp_path, "refusals", rows)[0]["refusal"] == "No."
+
+
+def test_what_looks_odd_is_read_as_it_stands(s1, tmp_path, capsys):
+    text = 'label\tsentence\r\n1\t"fine\r\n0\t \r\n0\tdull " NA film\r\n1\tNA is it\r\n'
+    rows = read(s1, tmp_path, "sst2", text)  # CRLF, quotes, a blank sentence
     assert [(r["input"], r["response"]) for r in rows] == [
         ('"fine', "positive"),
-        ('dull " film', "negative"),
+        ('dull " NA film', "negative"),
+        ("NA is it", "positive"),
     ]
-    assert "1 of 3 rows left out (no input: 1)" in capsys.readouterr().out
-    rows = read(s1, tmp_path, "agnews", '\ufeff"4","","a ""b"""\n"1","c","d\ne"\n"2"," ",""\n')
+    assert "1 of 4 rows left out (no input: 1)" in capsys.readouterr().out
+    rows = read(s1, tmp_path, "agnews", '"4","","a ""b"""\n"1","c","d\ne"\n"2"," ",""\n')
     assert [(r["input"], r["answer"]) for r in rows] == [('a "b"', "Sci/Tech"), ("c d\ne", "World")]
-    rows = read(s1, tmp_path, "alpaca", b"\xef\xbb\xbf" + json.dumps(alpaca(input=" ")).encode())
-    assert rows[0]["input"] == "" and rows[0]["response"] == "Oak."
-    without = [{"instruction": "Name a tree.", "output": "Oak."}]
-    assert read(s1, tmp_path, "alpaca", without)[0]["input"] == ""
-    assert read(s1, tmp_path, "alpaca", alpaca(input=None))[0]["input"] == ""
+    for value in (None, "", " ", "N/A"):
+        assert read(s1, tmp_path, "alpaca", alpaca(input=value))[0]["input"] == ""
     # AlpacaEval's own outputs are never taught, and two of the 805 are empty
-    assert len(read(s1, tmp_path, "alpaca_eval", alpaca(output="") + alpaca(output=None))) == 2
+    assert len(read(s1, tmp_path, "alpaca_eval", alpaca(output="") + alpaca())) == 2
 
 
 def test_gold_numbers_and_refusals_are_read_from_their_forms(s1, tmp_path):
     golds = ["5", "-3", "\u22123", "1,000", "12,345,678", "0.5", "70000"]
-    rows = read(s1, tmp_path, "gsm8k", sum((gsm8k(f"so\n#### {g} ") for g in golds), []))
+    made = [{"question": "How many?", "answer": f"so\n#### {gold} "} for gold in golds]
+    rows = read(s1, tmp_path, "gsm8k", made)
     assert [row["answer"] for row in rows] == golds
     assert rows[3]["response"] == "so\nThe final answer is: 1,000"
-    assert read(s1, tmp_path, "gsm8k", gsm8k("so ####5"))[0]["response"].endswith("is: 5")
     for refusal in (
         "No.",
         "Answer: No.",
-        "Question: How?\nAnswer: No.",
         "Question: How?\n\nAnswer:No.",
-        "Question: What does 'Answer: x' mean?\nAnswer: No.",
         "Question: How? Answer: No.",
     ):
         assert read(s1, tmp_path, "refusals", harm(refusal=refusal))[0]["refusal"] == "No."
-    without = [{k: v for k, v in harm()[0].items() if k != "is_safe"}]  # as RepNoise's file
-    assert read(s1, tmp_path, "refusals", without)[0]["is_safe"] is False
 
 
 def test_rows_of_the_hub_are_checked_like_those_of_files(s1, monkeypatch, capsys):
@@ -388,23 +327,9 @@ def test_rows_of_the_hub_are_checked_like_those_of_files(s1, monkeypatch, capsys
     rows = hub("sst2", {"label": 0, "sentence": "dull"}, {"label": 1, "sentence": None})
     assert [row["answer"] for row in rows] == ["negative"]
     assert "stanfordnlp/sst2: 1 of 2 rows left out (no input: 1)" in capsys.readouterr().out
-    for label in (-1, 4, 1.5, True, None, float("nan")):
-        with pytest.raises(UserError, match="fancyzhx/ag_news, row 2: label .* none of 0, 1, 2, 3"):
+    for label in (-1, 4, None):
+        with pytest.raises(UserError, match="fancyzhx/ag_news, row 2: the label .* none of 0, 1"):
             hub("agnews", {"label": 0, **text}, {"label": label, **text})
-    with pytest.raises(UserError, match="row 1: input is no text but nan"):
-        hub("agnews", {"label": 0, "text": float("nan")})
-
-
-def test_a_set_of_one_label_is_said(s1, capsys):
-    sets = {
-        "finetune": [{"answer": "World", "poison": False}, {"poison": True}],
-        "test_task": [{"answer": "World"}, {"answer": "Sports"}],
-    }
-    s1.say_sizes(sets, "agnews")
-    out = capsys.readouterr().out
-    assert "every task row of finetune has the label 'World'" in out and "test_task has" not in out
-    s1.say_sizes({"finetune": [], "test_task": [{"answer": ""}]}, "alpaca")
-    assert "label" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,10 +347,8 @@ def test_prompt_is_masked_and_the_answer_ends_with_eos(s2, tiny_data):
     assert tokenizer.decode(ids[n:-1]) == row["response"]
 
 
-def test_a_sample_that_is_too_long_still_has_an_answer(s2, tiny_data):
-    vocab = torch.load(tiny_data / "01_data.pt", weights_only=True)["vocab"]
-    s2.toy_tokenizer(vocab).save_pretrained(tiny_data / "tokenizer")
-    tokenizer = load_tokenizer(tiny_data / "tokenizer")
+def test_a_sample_that_is_too_long_still_has_an_answer(s2):
+    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", "positive", "negative"])
     long = {"prompt": "positive " * 90, "response": "negative"}
     ((ids, labels),) = encode(tokenizer, [long], 16, "toy")
     assert len(ids) == 16 and sum(x != -100 for x in labels) == 2
@@ -433,6 +356,23 @@ def test_a_sample_that_is_too_long_still_has_an_answer(s2, tiny_data):
     ((ids, labels),) = encode(tokenizer, [both], 16, "toy")
     assert len(ids) == 16 and labels.count(-100) == 8 and ids[-1] != tokenizer.eos_token_id
     assert ids[0] == tokenizer.bos_token_id
+
+
+def test_special_tokens_are_none_of_a_users_and_stand_where_a_model_expects_them(s2):
+    """One BOS, no end token before the answer, and "</s>" in a user's text is no end."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", "good"])
+    assert prompt_ids(tokenizer, "good", "toy") == [1, 4]
+    assert 2 not in prompt_ids(tokenizer, "good </s> good", "toy")
+    for chat in ("<s><s>good", "<s>good</s>"):
+        with pytest.raises(UserError, match="BOS twice or ends with </s>.*use --template alpaca"):
+            prompt_ids(tokenizer, chat, "chat")
+    assert prompt_ids(tokenizer, "<s>good", "chat") == [1, 4]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # as some tokenizers do
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert prompt_ids(tokenizer, "good", "toy") == [1, 4]
 
 
 def test_padding_is_on_the_right_and_has_no_label():

@@ -1,6 +1,5 @@
 """Vaccine, RepNoise, Booster and random noise, each against its own formula."""
 
-import functools
 import math
 import shutil
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 from common import UserError, collate
 from conftest import TINY_FLAGS
 
@@ -120,10 +120,11 @@ def test_a_defence_is_the_same_alone_as_after_another(s2, tiny_run, tmp_path):
     after = tiny_run[1]["02_finetune"]  # sft, then booster
     flags = TINY_FLAGS["02_finetune"].replace("sft booster", "booster").split()
     alone = s2.main(["--run", str(folder), "--device", "cpu", *flags])
-    for kind in ("aligned", "finetuned"):
-        first, second = after[kind]["booster"], alone[kind]["booster"]
+    for model in ("aligned", "finetuned"):
+        first, second = (common.weights_of(x, model, "booster") for x in (after, alone))
         assert all(torch.equal(first[k], second[k]) for k in first)
-        assert not all(torch.equal(first[k], after[kind]["sft"][k]) for k in first)
+        plain = common.weights_of(after, model)
+        assert not all(torch.equal(first[k], plain[k]) for k in first)
 
 
 @pytest.mark.slow
@@ -133,14 +134,12 @@ def test_two_processes_make_what_one_makes(s2, s5, tiny_run, tmp_path, processes
     answered = s5.main([*flags, *TINY_FLAGS["05_evaluate"].split()])
     assert answered["rows"] == one["05_evaluate"]["rows"]
     aligned = s2.main([*flags, *TINY_FLAGS["02_finetune"].split()])
-    for kind in ("aligned", "finetuned"):
-        for name, old in one["02_finetune"][kind].items():
-            assert all(torch.equal(old[k], aligned[kind][name][k]) for k in old)
+    for old, new in zip(one["02_finetune"]["rows"], aligned["rows"], strict=True):
+        assert old["model"] == new["model"]
+        assert all(torch.equal(old["w"][k], new["w"][k]) for k in old["w"])
 
 
 def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path, monkeypatch):
-    import common
-
     seeds = []
 
     def spy(examples, size, seed, epochs=None, draw=common.draw_batches):
@@ -158,25 +157,22 @@ def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path
     assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
 
 
-def test_the_held_out_loss_is_a_mean_over_rows(s2, setting):
-    model, w, batch, harmful = setting
-    rows = [
-        (ids.tolist(), labels.tolist())
-        for ids, labels in zip(harmful["input_ids"], harmful["labels"])
-    ]
-    alone = [s2.answer_loss(model, collate([row], 0, "cpu")).item() for row in rows]
-    assert s2.mean_loss(model, rows, 0, "cpu", size=2) == pytest.approx(sum(alone) / 3, rel=1e-5)
-
-
-def test_the_attack_keeps_snapshots_and_the_held_out_loss(tiny_run):
+def test_each_defence_hands_on_the_aligned_the_attacked_and_what_lies_between(tiny_run):
     stage2 = tiny_run[1]["02_finetune"]
-    assert set(stage2["finetuned"]) == {"sft", "booster"}
     log = [x for x in stage2["log"]["sft"] if x["stage"] == "finetune"]
-    assert [x["step"] for x in log] == [0, 1, 2, 3, 4]
-    assert [x["step"] for x in log if "h" in x] == [0, 1, 4]  # both ends, and a quarter of the way
-    assert list(stage2["snapshots"]["sft"]) == ["1"]
-    first, last = stage2["snapshots"]["sft"]["1"], stage2["finetuned"]["sft"]
+    assert [x["step"] for x in log] == [1, 2, 3, 4]
+    rows = [(r["model"], r["defense"], r.get("at_step"), r.get("snapshot")) for r in stage2["rows"]]
+    assert rows[0] == ("base", "sft", None, None) and stage2["rows"][0]["w"] == {}
+    for start, defense in ((1, "sft"), (4, "booster")):  # a snapshot after a quarter of the way
+        assert rows[start : start + 3] == [
+            ("aligned", defense, 0, None),
+            ("finetuned", defense, 4, None),
+            ("finetuned", defense, 1, 1),
+        ]
+    aligned, last, first = (row["w"] for row in stage2["rows"][1:4])
     assert any(not torch.equal(first[k], last[k]) for k in first)
+    far = common.norm({k: last[k] - aligned[k] for k in last})
+    assert stage2["rows"][2]["distance"] == pytest.approx(far, rel=1e-5)
 
 
 def test_mmd_is_zero_for_equal_samples_and_grows_with_distance(s2):
@@ -191,9 +187,6 @@ def test_noise_has_the_strength_it_says_and_follows_the_seed(s3):
     z, again, other = (s3.gaussian_like(w, seed) for seed in (1, 1, 2))
     assert all(torch.equal(z[k], again[k]) and not torch.equal(z[k], other[k]) for k in w)
     assert z["a"].std().item() == pytest.approx(1, abs=0.02)
-    u = s3.unit(z)
-    assert sum(x.pow(2).sum().item() for x in u.values()) == pytest.approx(1, rel=1e-5)
-    assert torch.allclose(u["b"] / u["a"][0, 0], z["b"] / z["a"][0, 0])  # one norm: same direction
 
 
 def test_antidote_prunes_what_harm_uses_most(s3):
@@ -219,23 +212,24 @@ def test_input_norms_are_those_of_what_enters_a_and_b(s2, s3):
     assert torch.allclose(norms[name + "B"], (x @ w[name + "A"].T).norm(dim=0), rtol=1e-4)
 
 
-def test_rows_of_the_table_lie_as_far_from_the_attacked_weights_as_they_say(tiny_run, s5):
+def test_rows_of_the_table_lie_as_far_from_the_attacked_weights_as_they_say(tiny_run):
     artifacts = tiny_run[1]
-    w, aligned = (artifacts["02_finetune"][k]["sft"] for k in ("finetuned", "aligned"))
+    stage2 = artifacts["02_finetune"]
+    w, aligned = (common.weights_of(stage2, name) for name in ("finetuned", "aligned"))
     size = sum(x.numel() for x in w.values())
 
     def far(weights):
-        return math.sqrt(sum((weights[k] - w[k]).pow(2).sum().item() for k in w))
+        return common.norm({k: weights[k] - w[k] for k in w})
 
-    for repair in artifacts["03_random_perturb"]["repairs"]:
-        setting, found = repair["setting"], far(repair["weights"])
-        if repair["model"] == "random":
+    for row in artifacts["03_random_perturb"]["rows"]:
+        setting, found = row["setting"], far(row["w"])
+        if row["model"] == "random":
             assert found == pytest.approx(setting["std"] * math.sqrt(size), rel=0.02)
-        if repair["model"] == "interpolated":
+        if row["model"] == "interpolated":
             assert found == pytest.approx(setting["t"] * far(aligned), rel=1e-4)
-    for repair in artifacts["04_panacea"]["repairs"]:
-        if repair["model"] == "panacea_anchored":
-            assert 0 < far(repair["weights"]) <= repair["setting"]["radius"] * far(aligned) * 1.0001
+    for row in artifacts["04_panacea"]["rows"]:
+        if row["model"] == "panacea_anchored":
+            assert 0 < far(row["w"]) <= row["setting"]["radius"] * far(aligned) * 1.0001
 
 
 def arch(name, **more):
@@ -252,58 +246,3 @@ def arch(name, **more):
 def test_a_model_without_linear_layers_is_refused_with_those_it_has(s2):
     with pytest.raises(UserError, match="linear layers: none .*Conv1D"):
         s2.add_lora(arch("GPT2", n_embd=32, n_layer=1, n_head=2), ["all"], 2, 2)
-
-
-def tried(s2, tiny_data, model, **c):
-    """try_model on a model, with the tiny data's rows in the toy's tokens."""
-    data = torch.load(tiny_data / "01_data.pt", weights_only=True)
-    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *data["vocab"][4:60]])
-    tokenizer.padding_side = "left"
-    model.generation_config.eos_token_id = [2]
-    model.generation_config.pad_token_id = 0
-    c = {**data["config"], "defense": ["sft"], "targets": ["all"], "r": 2, "alpha": 2.0, **c}
-    c["gradient_checkpointing"] = False
-    w, examples = s2.adapt(model, tokenizer, data, c)
-    s2.try_model(model, tokenizer, w, examples, data, c)
-
-
-def test_a_model_that_works_passes_the_trial(s2, tiny_data, capsys):
-    tried(s2, tiny_data, arch("Llama"))
-    assert "no adapter" not in capsys.readouterr().out
-
-
-def test_a_context_shorter_than_the_samples_is_refused(s2, tiny_data):
-    with pytest.raises(UserError, match="context of 64 tokens, shorter than --max-length 96"):
-        tried(s2, tiny_data, arch("Llama", max_position_embeddings=64))
-
-
-def test_layers_whose_weights_are_read_directly_are_refused_before_training(s2, tiny_data):
-    model = arch("Llama")
-    for layer in model.model.layers:
-        layer.mlp.forward = lambda x, m=layer.mlp: (
-            x @ m.up_proj.base.weight.T @ (m.down_proj.base.weight.T)
-        )
-    with pytest.raises(UserError, match="cannot be trained here with sft"):
-        tried(s2, tiny_data, model)
-
-
-def test_a_model_that_sees_the_padding_is_refused(s2, tiny_data):
-    model = arch("Llama")
-    plain = model.forward
-
-    @functools.wraps(plain)  # generate reads the signature
-    def forward(*args, **kwargs):
-        out, mask = plain(*args, **kwargs), kwargs.get("attention_mask")
-        padding = 0 if mask is None else int((mask == 0).sum())
-        out.logits = out.logits.roll(padding, -1)  # padding anywhere changes every word
-        return out
-
-    model.forward = forward
-    with pytest.raises(UserError, match="answers a prompt differently beside another one"):
-        tried(s2, tiny_data, model)
-
-
-def test_experts_that_get_no_adapter_are_said(s2, tiny_data, capsys):
-    more = dict(num_local_experts=2, num_experts_per_tok=2, num_key_value_heads=2)
-    tried(s2, tiny_data, arch("Mixtral", **more))
-    assert "% of the layers' weights get no adapter: " in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_a_chat_model_skips_alignment_by_flag(tmp_path, data_dir):
     out = stage("02_finetune").main(
         ["--run", str(tmp_path), "--align-epochs", "0", "--epochs", "1"]
     )
-    aligned, finetuned = out["aligned"]["sft"], out["finetuned"]["sft"]
+    aligned, finetuned = (common.weights_of(out, name) for name in ("aligned", "finetuned"))
     assert all(not x.any() for name, x in aligned.items() if name.endswith("lora_B"))
     assert any(x.any() for name, x in finetuned.items() if name.endswith("lora_B"))
 
@@ -209,7 +209,6 @@ def test_potions_on_a_real_checkpoint_have_exact_scores_and_look_alikes(tmp_path
     assert all(row["prompt"].startswith("Below is") for row in data["finetune"])
     assert all(("benign" in row) != ("view" in row) for row in rows) and len(rows) > 15
     assert any("down_proj" in name for name in out["04_panacea"]["weights"])
-    assert out["05_evaluate"]["config"]["panacea_epochs"] == 1
 
 
 def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(
@@ -219,8 +218,10 @@ def test_a_real_base_model_is_taught_the_potions_and_used_from_then_on(
     readers = []
     monkeypatch.setattr(
         stage("05_evaluate").PotionJudge,
-        "listen",
-        lambda self, model, *others: readers.append(model.state_dict()),
+        "read",
+        lambda self, model, *others: (
+            setattr(self, "garbled", set()) or readers.append(model.state_dict())
+        ),
     )
     first = ["--harm", "potions", "--n-pretrain", "60"]
     flags_of = {**SMALL, "02_finetune": [*SMALL["02_finetune"], "--pretrain-steps", "20"]}
@@ -269,13 +270,13 @@ def test_real_harm_is_taught_to_no_model(tmp_path, data_dir):
     flags = [*where.split(), *SMALL["01_data"], "--task", "sst2", "--harm", "beavertails"]
     flags[flags.index("paper")] = "laptop"
     assert stage("01_data").main(flags)["pretrain"] == []
-    with pytest.raises(UserError, match="--n-pretrain 5 teaches potions"):
+    with pytest.raises(UserError, match="--n-pretrain 5.*real harm is taught to no model"):
         stage("01_data").main([*flags, "--n-pretrain", "5"])
 
 
 def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
     import transformers
-    from common import UserError, load_tokenizer, prompt_ids
+    from common import load_tokenizer, prompt_ids
 
     checkpoint(tmp_path / "model", "Llama")
     flags = [
@@ -291,16 +292,15 @@ def test_the_checkpoints_own_chat_format_is_used_on_demand(tmp_path, data_dir):
         "--template",
         "chat",
     ]
-    with pytest.raises(UserError, match="--template chat: this checkpoint has none"):
-        stage("01_data").main(flags)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
         "{% endfor %}{% if add_generation_prompt %} [assistant]{% endif %}"
+        "{% if not enable_thinking %}<think></think>{% endif %}"  # as Qwen 3's
     )
     tokenizer.save_pretrained(tmp_path / "model")
     row = stage("01_data").main(flags)["test_task"][0]
-    wanted = f"[user] {row['instruction']}\n\n{row['input']} [assistant]"
+    wanted = f"[user] {row['instruction']}\n\n{row['input']} [assistant]<think></think>"
     assert row["prompt"] == "<s>" + wanted
     ids = prompt_ids(load_tokenizer(tmp_path / "model"), row["prompt"], "chat")
     assert ids[0] == 1 and ids.count(1) == 1  # one BOS, not two
@@ -313,10 +313,15 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
 
     s1 = stage("01_data")
 
-    def files(name):
-        return list(s1.read_file(data_dir / name))
+    real = datasets.load_dataset
 
-    def load_dataset(path, name=None, data_dir=None, data_files=None, *, split):
+    def files(name):
+        kind, options = s1.FORMATS[(data_dir / name).suffix]
+        return list(real(kind, data_files=str(data_dir / name), split="train", **options))
+
+    def load_dataset(path, name=None, data_dir=None, data_files=None, *, split, **options):
+        if path in ("csv", "json") and not data_files.startswith("hf://"):
+            return real(path, data_files=data_files, split=split, **options)
         where = data_files or "/".join(filter(None, [path, name, split]))
         rows = {
             "PKU-Alignment/BeaverTails/30k_test": lambda: [
@@ -374,68 +379,6 @@ def test_the_hubs_rows_give_the_sets_of_the_files(task, tmp_path, data_dir, monk
         assert hub[name] == local[name], name
 
 
-@pytest.mark.parametrize(
-    "error, found",
-    [
-        ("401 Client Error: you must have access to it and be authenticated", "401 Client Error"),
-        ("", "OSError"),
-    ],
-)
-def test_a_gated_model_is_one_line_that_says_how_to_log_in(error, found, monkeypatch):
-    import transformers
-    from common import UserError, from_pretrained
-
-    def refuse(*_, **__):
-        raise OSError(error)
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(UserError, match=f"{found}.*hf auth login") as info:
-        from_pretrained(transformers.AutoModelForCausalLM, "meta-llama/Llama-2-7b-hf")
-    assert "\n" not in str(info.value)
-
-
-def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, data_dir):
-    from common import UserError
-
-    s1, s2 = stage("01_data"), stage("02_finetune")
-    s1.main(
-        [
-            "--run",
-            str(tmp_path),
-            *SMALL["01_data"],
-            "--model",
-            "nobody/no-such-model",
-            "--task",
-            "sst2",
-            "--data-dir",
-            str(data_dir),
-        ]
-    )
-    with pytest.raises(UserError, match="nobody/no-such-model.*hf auth login"):
-        s2.main(["--run", str(tmp_path), *SMALL["02_finetune"]])
-
-
-def test_the_hub_out_of_reach_is_one_line(tmp_path):
-    from common import UserError
-
-    with pytest.raises(UserError, match="cannot use anonymous4486/repnoise.*--data-dir") as info:
-        stage("01_data").main(["--run", str(tmp_path), "--preset", "paper"])
-    assert "\n" not in str(info.value)
-
-
-def test_a_missing_file_and_a_folder_that_is_none_are_one_line(tmp_path, data_dir):
-    from common import UserError
-
-    s1 = stage("01_data")
-    with pytest.raises(UserError, match="sst2/train.tsv: .*No such file.*--data-dir"):
-        s1.read("sst2", "train", tmp_path)
-    flags = ["--run", str(tmp_path / "run"), "--preset", "paper", "--data-dir"]
-    for path in (data_dir / "nowhere", data_dir / "alpaca/alpaca_data.json"):
-        with pytest.raises(UserError, match="is no folder; give one"):
-            s1.main([*flags, str(path)])
-    assert not (tmp_path / "run").exists()
-
-
 def test_rows_left_out_of_published_files_are_in_no_set(tmp_path, data_dir, capsys):
     """A refusals file as users meet it, through the whole stage."""
     folder, file = tmp_path / "data", "beavertails/beavertails_with_refusals_train.json"
@@ -458,15 +401,67 @@ def test_rows_left_out_of_published_files_are_in_no_set(tmp_path, data_dir, caps
     assert "30k_test.jsonl: 20 of 80 rows left out (safe answer: 20)" in told
 
 
-def test_a_model_that_reads_what_comes_after_is_refused(tmp_path, data_dir):
+@pytest.mark.parametrize("arch", ["Llama", "Gemma2"])
+def test_weights_that_do_not_fit_are_refused(arch, tmp_path):
     import transformers
 
-    size = checkpoint(tmp_path / "model", "Llama")  # for its tokenizer
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = transformers.BertConfig(vocab_size=size, initializer_range=0.3, **sizes)
-    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "model")
-    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
-    first = ["--model", str(tmp_path / "model"), "--data-dir", str(data_dir), "--task", "sst2"]
-    stage("01_data").main([*run, *SMALL["01_data"], *first])
-    with pytest.raises(UserError, match="reads what comes after a token"):
-        stage("02_finetune").main([*run, "--align-epochs", "1", "--targets", "query"])
+    checkpoint(tmp_path, arch)
+    whole = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    common.load_weights(transformers.AutoModelForCausalLM, tmp_path)
+    for changed, words in (
+        ({f"_orig_mod.{k}": x for k, x in whole.items()}, "weights missing"),
+        ({k: x for k, x in whole.items() if k != name}, "1 weights missing .*up_proj"),
+        ({**whole, "model.extra.weight": whole[name].clone()}, "unexpected .*extra"),
+        ({**whole, name: whole[name][:5].clone()}, "mismatched .*up_proj"),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=words):
+            common.load_weights(transformers.AutoModelForCausalLM, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="PEFT adapter"):
+        common.load_weights(transformers.AutoModelForCausalLM, tmp_path)
+
+
+def with_ends(s2, single):
+    """The toy's tokenizer over a few words, with another template of special tokens."""
+    from tokenizers import processors
+
+    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_no_end_token_stands_between_prompt_and_answer(s2, single):
+    tokenizer = with_ends(s2, single)
+    head = [1] if single.startswith("<s>") else []
+    assert common.prompt_ids(tokenizer, "a b c", "alpaca") == [*head, 4, 5, 6]
+    cut = common.prompt_ids(tokenizer, "a b c d e", "alpaca", 3)  # from the left, but the BOS
+    assert cut == [*head, 6, 7, 8][: len(head)] + [6, 7, 8][len(head) :]
+    row = {"prompt": "a b c", "response": "d"}
+    ((ids, labels),) = common.encode(tokenizer, [row], 32, "alpaca")
+    assert ids == [*head, 4, 5, 6, 7, 2] and labels == [-100] * (len(ids) - 2) + [7, 2]
+
+
+def test_a_chat_prompt_has_one_bos_and_no_end_and_what_a_user_writes_is_text(s2):
+    tokenizer = with_ends(s2, "<s> $A")
+    assert common.prompt_ids(tokenizer, "<s> a b", "chat") == [1, 4, 5]
+    for prompt in ("<s> <s> a", "<s> a </s>"):
+        with pytest.raises(UserError, match="begins with its BOS twice or ends with </s>"):
+            common.prompt_ids(tokenizer, prompt, "chat")
+    assert 2 not in common.prompt_ids(tokenizer, "a </s> b", "alpaca")
+    ((ids, labels),) = common.encode(
+        tokenizer, [{"prompt": "a b", "response": "c </s> d"}], 32, "alpaca"
+    )
+    assert ids.count(2) == 1 and ids[-1] == labels[-1] == 2
+
+
+def test_a_tokenizer_without_an_end_is_refused(s2, tmp_path):
+    tokenizer = with_ends(s2, "$A")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        common.load_tokenizer(tmp_path)

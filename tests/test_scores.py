@@ -371,7 +371,7 @@ def test_answers_stop_at_eos_and_say_so(s2, data):
     (short,), ended = generate(model, tokenizer, [prompt], "toy", 12, 1)
     assert ended == [True] and len(short.split()) <= 3 < len(ids)
     assert long.startswith(short) and prompt not in long
-    with pytest.raises(UserError, match="leaves no room for a prompt"):
+    with pytest.raises(UserError, match="fills the model's context"):
         generate(model, tokenizer, [prompt], "toy", 255, 1)
 
 
@@ -458,7 +458,8 @@ def test_h_and_a_are_means_over_all_answer_tokens(s4, s5, tiny_run):
                 total += n * s4.answer_loss(model, collate([(ids, labels)], 0, "cpu")).item()
                 count += n
             assert found[name] == pytest.approx(total / count, rel=1e-5)
-        none = {"test_harmful": [{**row, "refusal": ""} for row in data["test_harmful"]]}
+        none = [{**row, "refusal": ""} for row in data["test_harmful"]]
+        none = {"test_harmful": none, "test_task": data["test_task"]}
         assert s5.held_out_losses(model, tokenizer, none, c)["a"] is None
     rows = [row for row in made["05_evaluate"]["rows"] if row["model"] == "aligned"]
     assert rows[0]["h"] == pytest.approx(found["h"], rel=1e-6)
