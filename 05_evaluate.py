@@ -522,11 +522,14 @@ def print_answers(text, model, tokenizer, data, rows, c):
 
 
 def draw(rows, config, path):
-    """What becomes of harmful prompts, as stacked bars, and task accuracy beside it."""
+    """What becomes of harmful prompts, as stacked bars, and task accuracy beside it.
+
+    Returns whether there is matplotlib to draw with.
+    """
     rows = headline(rows)
     figure = common.new_figure(9, 1.6 + 0.28 * len(rows))
     if figure is None:
-        return
+        return False
     left, right = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     start = np.zeros(len(rows))
     colours = ("tab:red", "tab:blue", "gold", "tab:orange", "lightgrey")
@@ -542,6 +545,7 @@ def draw(rows, config, path):
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     common.write_whole(path, lambda new: figure.savefig(new, dpi=110))
     print(f"picture: {path}")
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -556,7 +560,7 @@ def get_args(argv=None):
     group.add_argument("--show-text", action="store_true", help=text)
     text = "look only: every model's answer to a prompt of your own (may be harmful)"
     group.add_argument("--ask", metavar="TEXT", help=text)
-    text = "only draw the picture again, from results.json"
+    text = "only draw the picture again, of what was measured"
     group.add_argument("--draw", action="store_true", help=text)
     return parser.parse_args(argv)
 
@@ -568,7 +572,9 @@ def main(argv=None):
     picture = run.folder / "05_evaluate.png"
     if args.draw:
         results = run.load("05_evaluate.pt")
-        return draw(results["rows"], results["config"], picture)
+        if not draw(results["rows"], results["config"], picture):
+            raise UserError("--draw needs matplotlib; run: pip install matplotlib")
+        return results
     look = bool(args.only or args.show_text or args.ask)
     start = run.load("02_finetune.pt")["config"]
     c = {**start, **common.resolve(args, FLAGS, start["preset"])}
@@ -747,7 +753,8 @@ def log_likelihoods(model, tokenizer, texts):
     first = tokenizer.eos_token_id if bos is None else bos
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in texts]
     examples = [([first, *x], [-100, *x]) for x in ids]
-    return np.array([-x / max(n, 1) for x, n in common.answer_losses(model, tokenizer, examples)])
+    losses = common.answer_losses(model, tokenizer, examples)
+    return np.array([-x / n if n else -math.inf for x, n in losses])
 
 
 class PotionJudge(RealJudge):

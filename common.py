@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ def run_stage(main):
         text, code = f"error: {error}", 2
     except KeyboardInterrupt:
         text, code = "interrupted: this stage's artifact is as it was before; run it again", 130
+    except BrokenPipeError:  # a reader such as `head` has left; what is written stands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None
     finally:
         gc.freeze()  # the same at the end
     print(text, file=sys.stderr)
@@ -580,7 +584,14 @@ def generate(model, tokenizer, prompts, template, max_new_tokens, batch_size):
 
 
 def _start_worker():
-    """What a process of `in_processes` does first: one thread, and leave Ctrl-C to its parent."""
+    """What a process of `in_processes` does first: one thread, leave Ctrl-C to its parent, and
+    end with it, however it ends."""
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -84,10 +84,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_process():
-    """Stages align and answer in this process, which has torch; `processes` gives them two."""
+def one_process(tmp_path_factory):
+    """Stages align and answer in this process, which has torch; `processes` gives them two. What
+    `datasets` keeps of files goes with the tests' folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("common"), "workers", lambda: 1)
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -97,40 +99,12 @@ def processes(monkeypatch):
     monkeypatch.setattr(importlib.import_module("common"), "workers", lambda: 2)
 
 
-@pytest.fixture(scope="session")
-def s1():
-    """Stage 1."""
-    return stage("01_data")
+def stage_fixture(name):
+    """A fixture that gives a stage as a module."""
+    return pytest.fixture(scope="session")(lambda: stage(name))
 
 
-@pytest.fixture(scope="session")
-def s2():
-    """Stage 2."""
-    return stage("02_finetune")
-
-
-@pytest.fixture(scope="session")
-def s3():
-    """Stage 3."""
-    return stage("03_random_perturb")
-
-
-@pytest.fixture(scope="session")
-def s4():
-    """Stage 4."""
-    return stage("04_panacea")
-
-
-@pytest.fixture(scope="session")
-def s5():
-    """Stage 5."""
-    return stage("05_evaluate")
-
-
-@pytest.fixture(scope="session")
-def s6():
-    """Stage 6."""
-    return stage("06_layer_analysis")
+s1, s2, s3, s4, s5, s6 = map(stage_fixture, STAGES)
 
 
 @pytest.fixture(scope="session")

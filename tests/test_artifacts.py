@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,6 @@ from safetensors.torch import load_file, save_file
 import common
 from common import Run, UserError, run_stage, write_whole
 from conftest import ROOT, STAGES, stage
-
-
-def script(name, *flags, **options):
-    """Run a stage as a user does."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=options.pop("cwd", ROOT),
-        **options,
-    )
 
 
 def assert_one_line(capsys, name, flags, *words):
@@ -43,34 +31,28 @@ def assert_one_line(capsys, name, flags, *words):
 @pytest.mark.parametrize(
     "name, flags, words",
     [
-        ("01_data", "--poison-ratio 1.5", ["--poison-ratio", "1.5"]),
-        ("01_data", "--poison-ratio nan", ["finite"]),
-        ("01_data", "--poison-ratio 0.001", ["rounds to 0 harmful samples"]),
-        ("01_data", "--task chess", ["chess", "--task"]),
-        ("01_data", "--n-test 0", ["--n-test"]),
-        ("01_data", "--n-align many", ["--n-align", "many"]),
-        ("01_data", f"--seed {2**70}", ["--seed"]),
-        ("01_data", "--n-tset 3", ["--n-tset"]),
-        ("01_data", "--preset paper --data-dir /no/such/folder", ["/no/such/folder", "--data-dir"]),
-        ("01_data", "--data-dir .", ["--preset paper"]),
-        ("01_data", "--model toy-gpt", ["toy-gpt", "--preset paper"]),
-        ("01_data", "--preset laptop --model toy-llama", ["toy-llama", "--preset toy"]),
-        ("01_data", "--harm beavertails", ["--preset toy", "beavertails"]),
-        ("01_data", "--template chat", ["--preset toy", "chat"]),
-        ("01_data", "--n-pretrain 100", ["must meet all words"]),
-        ("01_data", "--task alpaca --n-finetune 9000", ["missing", "--n-finetune"]),
-        ("02_finetune", "--pretrain-steps 3", ["--pretrain-steps"]),
-        ("02_finetune", "--defense shield", ["shield"]),
-        ("03_random_perturb", "--std -0.1", ["--std", "-0.1"]),
-        ("03_random_perturb", "--t 1.2", ["--t", "1.2"]),
-        ("04_panacea", "--rho -1", ["--rho", "-1"]),
-        ("04_panacea", "--lam inf", ["--lam"]),
-        ("04_panacea", "--epochs 0", ["--epochs"]),
-        ("05_evaluate", "--scale much", ["--scale", "much"]),
+        ("01_data", "--poison-ratio 1.5", "--poison-ratio: needs 0 to 1, finite, found '1.5'"),
+        ("01_data", "--poison-ratio nan", "finite"),
+        ("01_data", "--n-test 0", "--n-test"),
+        ("01_data", "--n-align many", "'many'"),
+        ("01_data", f"--seed {2**70}", "--seed"),
+        ("01_data", "--n-tset 3", "--n-tset"),
+        ("01_data", "--task chess", "'chess'"),
+        ("01_data", "--data-dir .", "--preset paper"),
+        ("01_data", "--preset paper --data-dir /no/such/folder", "folder/beavertails/"),
+        ("01_data", "--model toy-gpt", "toy-gpt; use another, or --preset paper"),
+        ("01_data", "--preset laptop --model toy-llama", "toy-llama; use another, or --preset toy"),
+        ("01_data", "--harm beavertails", "--preset toy does not go with --harm beavertails"),
+        ("01_data", "--template chat", "--preset toy does not go with --template chat"),
+        ("02_finetune", "--defense shield", "'shield'"),
+        ("03_random_perturb", "--t 0.5 1.2", "'1.2'"),
+        ("04_panacea", "--rho -1", "'-1'"),
+        ("04_panacea", "--lam inf", "finite"),
+        ("04_panacea", "--epochs 0", "--epochs"),
     ],
 )
 def test_a_flag_out_of_range_is_one_line(name, flags, words, capsys, tmp_path):
-    assert_one_line(capsys, name, ["--run", tmp_path, *flags.split()], *words)
+    assert_one_line(capsys, name, ["--run", tmp_path, *flags.split()], words)
     assert not list(tmp_path.iterdir())
 
 
@@ -83,7 +65,12 @@ def test_inputs_are_checked(tiny_data, capsys):
     path = tiny_data / "01_data.pt"
     whole = path.read_bytes()
     flags = ["--run", tiny_data]
-    for content in (whole[: len(whole) // 2], b"", b"not a zip", pickle.dumps({"kind": "01_data"})):
+    for content in (
+        whole[: len(whole) // 2],
+        b"",
+        b"not a zip",
+        pickle.dumps({"kind": "01_data"}, 2),
+    ):
         path.write_bytes(content)
         assert_one_line(capsys, "02_finetune", flags, path, "python 01_data.py")
     torch.save({"kind": "05_evaluate", "format": Run.FORMAT, "config": {}, "parents": {}}, path)
@@ -138,26 +125,31 @@ def copied(tiny_run, tmp_path):
 
 def test_a_stale_input_is_refused(copied, capsys):
     stage("03_random_perturb").main(["--run", str(copied), "--share", "0"])
+    words = "stale: it was made from another 03_random_perturb.pt", "run: python 05_evaluate.py"
+    assert_one_line(capsys, "06_layer_analysis", ["--run", copied], *words)
     stage("01_data").main(["--run", str(copied), "--seed", "101", "--n-test", "10"])
     for name in STAGES[2:]:
-        assert_one_line(capsys, name, ["--run", copied], "stale", "another 0", f"{copied}")
+        words = "stale: it was made from another 01_data.pt", "run: python 0"
+        assert_one_line(capsys, name, ["--run", copied], *words)
 
 
-@pytest.mark.parametrize("name", STAGES[2:])
-def test_another_base_model_under_the_same_adapters_is_stale(name, copied, capsys):
+def test_another_base_model_under_the_same_adapters_is_stale(copied, capsys):
+    def check(name):
+        assert_one_line(capsys, name, ["--run", copied], "stale", "base model (toy-llama)")
+
     words = copied / "02_base" / "tokenizer.json"
     text = words.read_text()
     words.write_text(text.replace('"tonic"', '"tonics"', 1))
-    assert text != words.read_text()
-    assert_one_line(capsys, name, ["--run", copied], "stale", "base model (toy-llama)")
+    check("04_panacea")
     words.write_text(text)
     path = copied / "02_base" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1.0  # one number of all
     save_file(weights, path, metadata={"format": "pt"})
-    assert_one_line(capsys, name, ["--run", copied], "stale", "base model (toy-llama)")
+    for name in STAGES[2:]:
+        check(name)
     path.unlink()
-    assert_one_line(capsys, name, ["--run", copied], "stale", "base model")
+    check("03_random_perturb")
 
 
 def test_artifacts_are_plain_data_with_lineage(tiny_run):
@@ -169,11 +161,8 @@ def test_artifacts_are_plain_data_with_lineage(tiny_run):
         told = {"hs", "h_eps", "attack", "distance", "log"}  # config: what it was told, no results
         assert not told & set(artifact["config"])
         assert ("base model" in artifact["parents"]) == (name != "01_data")
-    assert set(artifacts["04_panacea"]["parents"]) == {
-        "01_data.pt",
-        "base model",
-        "02_finetune.pt",
-    }
+    parents = {"01_data.pt", "base model", "02_finetune.pt"}
+    assert set(artifacts["04_panacea"]["parents"]) == parents
     assert not list(folder.glob(".*"))
 
 
@@ -192,53 +181,54 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
-def test_a_killed_stage_leaves_its_old_artifact(how, tiny_data):
+def test_ctrl_c_ends_a_stage_with_its_processes_and_leaves_its_old_artifact(tiny_data):
+    """While two defences are trained; on two cores, each in a process of its own."""
     old = tiny_data / "02_finetune.pt"
     old.write_text("old")
+    flags = "--defense sft booster --pretrain-steps 20 --align-epochs 200"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "02_finetune.py"), "--run", str(tiny_data), "--defense", "sft"],
-        stdout=subprocess.PIPE,
+        [sys.executable, ROOT / "02_finetune.py", "--run", tiny_data, *flags.split()],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
         # a shell's background job ignores Ctrl-C, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    process.stdout.readline()  # it has begun
+    err = b""
+    while b"  align " not in err:  # the first bar of what is trained after the base model
+        err += (part := os.read(process.stderr.fileno(), 1000))
+        assert part, err
     for _ in range(10):  # python drops a Ctrl-C that falls into a destructor: press it again
-        time.sleep(1)
-        process.send_signal(getattr(signal, how))
+        process.send_signal(signal.SIGINT)
         try:
-            process.wait(timeout=4)
+            err += process.communicate(timeout=6)[1]  # ends when all processes have
             break
         except subprocess.TimeoutExpired:
             pass
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == "SIGINT" else -9)
-    assert "Traceback" not in err and old.read_text() == "old"
-    torch.load(tiny_data / "01_data.pt", weights_only=True)
+    assert process.returncode == 130 and old.read_text() == "old"
+    assert b"interrupted: this stage's artifact is as it was" in err and b"Traceback" not in err
+    assert sorted(path.name for path in tiny_data.iterdir()) == [
+        "01_data.pt",
+        "02_base",
+        "02_finetune.pt",
+    ]
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_shows_the_header_and_every_default(name, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_help_is_the_stages_header_and_every_flag_with_its_defaults(name, capsys):
+    with pytest.raises(SystemExit):
         stage(name).get_args(["--help"])
     text = "".join(capsys.readouterr().out.split())
-    header = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-    assert stop.value.code == 0
-    assert "".join(header.split()) in text and "default:runs/toy" in text
-    for row in stage(name).FLAGS:
-        defaults = "; ".join(f"{p}: {common.shown(getattr(row, p))}" for p in common.PRESETS)
-        assert f"--{row.name.replace('_', '-')}" in text, row.name
-        assert "".join(f"({defaults})".split()) in text, row.name
+    assert "".join(stage(name).__doc__.split()) in text
+    for flag in stage(name).FLAGS:
+        told = f"(toy: {common.shown(flag.toy)}; laptop: {common.shown(flag.laptop)};"
+        assert f"--{flag.name.replace('_', '-')}" in text and "".join(told.split()) in text
 
 
-def test_a_wrong_flag_on_the_command_line_prints_one_line_and_exits_2(tmp_path):
-    out = script("04_panacea", "--run", tmp_path, "--rho", "minus")
-    assert out.returncode == 2 and out.stdout == "" and len(out.stderr.splitlines()) == 1
-    out = script("04_panacea", "--run", tmp_path)
-    assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert len(out.stderr.splitlines()) == 1
+def test_an_error_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, ROOT / "04_panacea.py", "--run", tmp_path]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stdout == ""
+    assert len(out.stderr.splitlines()) == 1 and out.stderr.startswith("error: ")
 
 
 def test_folders_with_spaces_are_quoted_in_what_to_run_next_and_home_is_found(tmp_path):
@@ -248,31 +238,24 @@ def test_folders_with_spaces_are_quoted_in_what_to_run_next_and_home_is_found(tm
     assert args.run == Path.home() / "x" and args.data_dir == Path.home() / "y"
 
 
-def test_results_are_kept_though_nobody_reads_the_table(copied):
+def test_results_are_kept_though_nobody_reads_the_table(s5, copied, monkeypatch):
+    def closed(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(s5, "print_table", closed)
     before = (copied / "results.json").stat().st_mtime_ns
-    command = f"{sys.executable} {ROOT}/05_evaluate.py --run {str(copied)!r} --no-causal | head -1"
-    subprocess.run(command, shell=True, capture_output=True)
+    with pytest.raises(BrokenPipeError):
+        s5.main(["--run", str(copied), "--no-causal", "--max-new-tokens", "2"])
     assert (copied / "results.json").stat().st_mtime_ns > before
 
 
 def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
-    for found, wanted in (
-        (torch.device("cuda"), "cuda"),
-        (torch.device("mps"), "mps"),
-        (None, "cpu"),
-    ):
-        monkeypatch.setattr(
-            torch.accelerator, "current_accelerator", lambda check_available, found=found: found
-        )
-        assert common.pick_device("auto", "paper").type == wanted
+    for found in ("cuda", "mps", None):
+        device = found and torch.device(found)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+        assert common.pick_device("auto", "paper").type == (found or "cpu")
         assert common.pick_device("cpu", "paper").type == "cpu"
         assert common.pick_device("auto", "toy").type == "cpu"  # the page's digits are a CPU's
-
-
-def test_an_error_in_a_process_of_its_own_arrives_as_one_line(processes):
-    with pytest.raises(UserError, match="^no$"):
-        common.in_processes(refuse, [(1,), (2,)])
 
 
 def refuse(_):
@@ -280,24 +263,22 @@ def refuse(_):
     raise UserError("no")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-def test_a_killed_process_ends_the_stage_in_one_line(processes):
-    with pytest.raises(UserError, match="^one of this stage's processes was killed"):
-        common.in_processes(die, [(1,), (2,)])
+def die(_):
+    """A job whose process ends without a word, as one that the system kills."""
+    os._exit(9)
 
 
-def die(number):
-    """A job whose process is killed."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_are_four_at_most_and_no_more_than_this_process_may_use(monkeypatch):
-    monkeypatch.undo()
-    if hasattr(os, "sched_getaffinity"):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-        assert WORKERS() == 4
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
-        assert WORKERS() == 1
+@pytest.mark.parametrize("job, words", [(refuse, "^no$"), (die, "processes was killed.*again$")])
+def test_what_goes_wrong_in_a_process_arrives_as_one_line(job, words, processes):
+    with pytest.raises(UserError, match=words):
+        common.in_processes(job, [(1,), (2,)])
 
 
 WORKERS = common.workers  # as it is before a fixture replaces it
+
+
+def test_workers_are_four_at_most_and_no_more_than_this_process_may_use(monkeypatch):
+    for cores, wanted in ((64, 4), (1, 1)):
+        allowed = set(range(cores))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
+        assert WORKERS() == wanted

@@ -4,6 +4,8 @@ import functools
 import json
 import random
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,19 +208,12 @@ def test_the_label_of_a_review_is_what_most_of_its_verdicts_say(s1, folder):
 # Rows of published files
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What `datasets` keeps of a file goes into the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def read(s1, folder, name, content):
-    """Rows of the real set `name` whose (training) file holds `content` (text, or rows)."""
+    """Rows of the real set `name` whose first file holds `content` (text, or rows)."""
     split, file = next(iter(s1.REAL[name][2].items()))
+    folder = Path(tempfile.mkdtemp(dir=folder))  # a new one: the library keeps what it has read
     path = folder / file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir()
     if isinstance(content, list):
         lines = [json.dumps(row) for row in content]
         content = "\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]"
@@ -227,10 +222,12 @@ def read(s1, folder, name, content):
 
 
 def alpaca(**row):
+    """A list of one row of Alpaca."""
     return [{"instruction": "Name a tree.", "input": "", "output": "Oak."} | row]
 
 
 def harm(**row):
+    """A list of one row of BeaverTails, with a refusal."""
     return [{"prompt": "How?", "response": "So.", "refusal": "No.", "is_safe": False} | row]
 
 
@@ -254,7 +251,7 @@ def test_a_gold_answer_without_a_number_is_refused(s1, tmp_path, answer):
 @pytest.mark.parametrize(
     "name, bad, reason",
     [
-        *(("alpaca", alpaca(output=x), "no response") for x in ("", " \n", "\u200b", "nan", "N/A")),
+        *(("alpaca", alpaca(output=x), "no response") for x in ("", " \u200b\n", "N/A")),
         ("alpaca", alpaca(instruction="\u00a0"), "no instruction"),
         ("refusals", harm(refusal="Question: How?\nAnswer: "), "no refusal"),
         ("refusals", harm(refusal="Question: How?"), "no refusal"),
@@ -275,6 +272,8 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(s1, tmp_path, capsys,
 
 
 def test_beavertails_without_a_word_on_safety_is_refused(s1, tmp_path):
+    with pytest.raises(UserError, match="row 2: the label 'none' is none of true"):
+        read(s1, tmp_path, "refusals", harm() + harm(is_safe=None))
     rows = [{"prompt": "How?", "response": "So."}]
     with pytest.raises(UserError, match="row 1: there is no column is_safe"):
         read(s1, tmp_path, "beavertails", rows)
@@ -283,12 +282,12 @@ def test_beavertails_without_a_word_on_safety_is_refused(s1, tmp_path):
 
 
 def test_what_looks_odd_is_read_as_it_stands(s1, tmp_path, capsys):
-    text = 'label\tsentence\r\n1\t"fine\r\n0\t \r\n0\tdull " NA film\r\n1\tNA is it\r\n'
+    text = 'label\tsentence\r\n1\t"fine\r\n0\t \r\n0\tdull " NA film\r\n1\tNA\r\n'
     rows = read(s1, tmp_path, "sst2", text)  # CRLF, quotes, a blank sentence
     assert [(r["input"], r["response"]) for r in rows] == [
         ('"fine', "positive"),
         ('dull " NA film', "negative"),
-        ("NA is it", "positive"),
+        ("NA", "positive"),
     ]
     assert "1 of 4 rows left out (no input: 1)" in capsys.readouterr().out
     rows = read(s1, tmp_path, "agnews", '"4","","a ""b"""\n"1","c","d\ne"\n"2"," ",""\n')
@@ -305,13 +304,9 @@ def test_gold_numbers_and_refusals_are_read_from_their_forms(s1, tmp_path):
     rows = read(s1, tmp_path, "gsm8k", made)
     assert [row["answer"] for row in rows] == golds
     assert rows[3]["response"] == "so\nThe final answer is: 1,000"
-    for refusal in (
-        "No.",
-        "Answer: No.",
-        "Question: How?\n\nAnswer:No.",
-        "Question: How? Answer: No.",
-    ):
-        assert read(s1, tmp_path, "refusals", harm(refusal=refusal))[0]["refusal"] == "No."
+    forms = ["No.", "Answer: No.", "Question: How?\n\nAnswer:No.", "Question: How? Answer: No."]
+    rows = read(s1, tmp_path, "refusals", [row for form in forms for row in harm(refusal=form)])
+    assert [row["refusal"] for row in rows] == ["No."] * 4
 
 
 def test_rows_of_the_hub_are_checked_like_those_of_files(s1, monkeypatch, capsys):
@@ -321,15 +316,12 @@ def test_rows_of_the_hub_are_checked_like_those_of_files(s1, monkeypatch, capsys
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows)
         return s1.read(name, "train", None)
 
-    text = {"text": "News."}
-    rows = hub("agnews", *({"label": i, **text} for i in range(4)))
-    assert [row["answer"] for row in rows] == ["World", "Sports", "Business", "Sci/Tech"]
     rows = hub("sst2", {"label": 0, "sentence": "dull"}, {"label": 1, "sentence": None})
     assert [row["answer"] for row in rows] == ["negative"]
     assert "stanfordnlp/sst2: 1 of 2 rows left out (no input: 1)" in capsys.readouterr().out
-    for label in (-1, 4, None):
+    for label in (-1, 4, None):  # -1: what unlabelled splits have
         with pytest.raises(UserError, match="fancyzhx/ag_news, row 2: the label .* none of 0, 1"):
-            hub("agnews", {"label": 0, **text}, {"label": label, **text})
+            hub("agnews", {"label": 0, "text": "News."}, {"label": label, "text": "News."})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,21 +350,38 @@ def test_a_sample_that_is_too_long_still_has_an_answer(s2):
     assert ids[0] == tokenizer.bos_token_id
 
 
-def test_special_tokens_are_none_of_a_users_and_stand_where_a_model_expects_them(s2):
-    """One BOS, no end token before the answer, and "</s>" in a user's text is no end."""
-    from tokenizers.processors import TemplateProcessing
+def with_ends(s2, single):
+    """The toy's tokenizer over a few words, with another template of special tokens."""
+    from tokenizers import processors
 
-    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", "good"])
-    assert prompt_ids(tokenizer, "good", "toy") == [1, 4]
-    assert 2 not in prompt_ids(tokenizer, "good </s> good", "toy")
-    for chat in ("<s><s>good", "<s>good</s>"):
-        with pytest.raises(UserError, match="BOS twice or ends with </s>.*use --template alpaca"):
-            prompt_ids(tokenizer, chat, "chat")
-    assert prompt_ids(tokenizer, "<s>good", "chat") == [1, 4]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # as some tokenizers do
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    tokenizer = s2.toy_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    assert prompt_ids(tokenizer, "good", "toy") == [1, 4]
+    return tokenizer
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_no_end_token_stands_between_prompt_and_answer(s2, single):
+    tokenizer = with_ends(s2, single)
+    head = [1] if single.startswith("<s>") else []
+    assert prompt_ids(tokenizer, "a b c", "alpaca") == [*head, 4, 5, 6]
+    cut = prompt_ids(tokenizer, "a b c d e", "alpaca", 3)  # from the left, but the BOS
+    assert cut == [*head, 6, 7, 8][: len(head)] + [6, 7, 8][len(head) :]
+    row = {"prompt": "a b c", "response": "d"}
+    ((ids, labels),) = encode(tokenizer, [row], 32, "alpaca")
+    assert ids == [*head, 4, 5, 6, 7, 2] and labels == [-100] * (len(ids) - 2) + [7, 2]
+
+
+def test_a_chat_prompt_has_one_bos_and_no_end_and_what_a_user_writes_is_text(s2):
+    tokenizer = with_ends(s2, "<s> $A")
+    assert prompt_ids(tokenizer, "<s> a b", "chat") == [1, 4, 5]
+    for prompt in ("<s> <s> a", "<s> a </s>"):
+        with pytest.raises(UserError, match="begins with its BOS twice or ends with </s>"):
+            prompt_ids(tokenizer, prompt, "chat")
+    assert 2 not in prompt_ids(tokenizer, "a </s> b", "alpaca")
+    ((ids, labels),) = encode(tokenizer, [{"prompt": "a b", "response": "c </s> d"}], 32, "alpaca")
+    assert ids.count(2) == 1 and ids[-1] == labels[-1] == 2
 
 
 def test_padding_is_on_the_right_and_has_no_label():

@@ -6,12 +6,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import common
 from common import UserError, collate
-from conftest import TINY_FLAGS
-
-BRIEF = "--device cpu --pretrain-steps 20 --epochs 1 --align-epochs 1".split()
+from conftest import TINY, TINY_FLAGS
 
 
 @pytest.fixture()
@@ -42,22 +41,15 @@ def test_sft_is_the_gradient_of_a(s2, setting):
 
 def test_vaccine_moves_every_layer_by_one_global_norm(s2, setting):
     model, w, batch, harmful = setting
-    layers = model.get_decoder().layers
-    outputs, shifts = [], []
-
-    def record(_, inputs, out):
-        outputs.append(out[0] if isinstance(out, tuple) else out)
-
-    hooks = [layer.register_forward_hook(record) for layer in layers]
+    layers, outputs = model.get_decoder().layers, []
+    hooks = [x.register_forward_hook(lambda _, i, out: outputs.append(out)) for x in layers]
     drift = torch.autograd.grad(s2.answer_loss(model, batch), outputs)
+    norm = math.sqrt(sum(d.pow(2).sum().item() for d in drift))
     for hook in hooks:
         hook.remove()
-    norm = math.sqrt(sum(d.pow(2).sum().item() for d in drift))
-    shifts = [0.5 * d / norm for d in drift]
-    assert math.sqrt(sum(s.pow(2).sum().item() for s in shifts)) == pytest.approx(0.5, rel=1e-5)
     hooks = [
-        layer.register_forward_hook(lambda _, i, out, s=s: out + s)
-        for layer, s in zip(layers, shifts)
+        layer.register_forward_hook(lambda _, i, out, d=d: out + 0.5 * d / norm)
+        for layer, d in zip(layers, drift)
     ]
     wanted = torch.autograd.grad(s2.answer_loss(model, batch), w)
     for hook in hooks:
@@ -115,18 +107,6 @@ def test_repnoise_without_its_terms_is_sft_and_each_term_adds_its_own(s2, settin
     assert not close(grads(0.0, 0.5), grads(0.0, 0.0))
 
 
-def test_a_defence_is_the_same_alone_as_after_another(s2, tiny_run, tmp_path):
-    folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
-    after = tiny_run[1]["02_finetune"]  # sft, then booster
-    flags = TINY_FLAGS["02_finetune"].replace("sft booster", "booster").split()
-    alone = s2.main(["--run", str(folder), "--device", "cpu", *flags])
-    for model in ("aligned", "finetuned"):
-        first, second = (common.weights_of(x, model, "booster") for x in (after, alone))
-        assert all(torch.equal(first[k], second[k]) for k in first)
-        plain = common.weights_of(after, model)
-        assert not all(torch.equal(first[k], plain[k]) for k in first)
-
-
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(s2, s5, tiny_run, tmp_path, processes):
     folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
@@ -149,9 +129,9 @@ def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path
     monkeypatch.setattr(s2, "draw_batches", spy)
     monkeypatch.setattr(common, "draw_batches", spy)
     flags = ["--run", str(tmp_path), "--device", "cpu"]
-    sizes = "--n-align 20 --n-finetune 20 --n-harmful 10 --n-test 10".split()
-    s1.main(["--run", str(tmp_path), "--seed", "7", *sizes])
-    s2.main(["--run", str(tmp_path), *BRIEF, "--defense", "sft"])
+    s1.main(["--run", str(tmp_path), "--seed", "7", *TINY.split()])
+    brief = "--defense sft --pretrain-steps 20 --epochs 1 --align-epochs 1"
+    s2.main([*flags, *brief.split()])
     assert seeds == [7] * 3  # pre-training, alignment, the attack
     s4.main([*flags, "--anchored-steps", "1", "--realign-steps", "1"])
     assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
@@ -187,6 +167,11 @@ def test_noise_has_the_strength_it_says_and_follows_the_seed(s3):
     z, again, other = (s3.gaussian_like(w, seed) for seed in (1, 1, 2))
     assert all(torch.equal(z[k], again[k]) and not torch.equal(z[k], other[k]) for k in w)
     assert z["a"].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_way_back_leads_from_the_attacked_to_the_aligned_weights(s3):
+    w, aligned = {"a": torch.tensor([2.0])}, {"a": torch.tensor([10.0])}
+    assert [s3.interpolated(w, aligned, t)["a"].item() for t in (0, 0.25, 1)] == [2, 4, 10]
 
 
 def test_antidote_prunes_what_harm_uses_most(s3):
@@ -232,17 +217,7 @@ def test_rows_of_the_table_lie_as_far_from_the_attacked_weights_as_they_say(tiny
             assert 0 < far(row["w"]) <= row["setting"]["radius"] * far(aligned) * 1.0001
 
 
-def arch(name, **more):
-    """A tiny causal LM of any architecture, at random weights."""
-    import transformers
-
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = getattr(transformers, name + "Config")(vocab_size=60, **{**sizes, **more})
-    head = {"GPT2": "GPT2LMHeadModel"}.get(name, name + "ForCausalLM")
-    torch.manual_seed(0)
-    return getattr(transformers, head)(config).eval()
-
-
-def test_a_model_without_linear_layers_is_refused_with_those_it_has(s2):
+def test_a_model_without_linear_layers_is_refused_with_the_layers_it_has(s2):
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(UserError, match="linear layers: none .*Conv1D"):
-        s2.add_lora(arch("GPT2", n_embd=32, n_layer=1, n_head=2), ["all"], 2, 2)
+        s2.add_lora(transformers.GPT2LMHeadModel(config), ["all"], 2, 2)

@@ -6,6 +6,7 @@ import shutil
 import aggregate
 import common
 import grid
+import judge
 import pytest
 import run as lab
 import torch
@@ -284,3 +285,13 @@ def test_an_experiment_calls_the_grid_before_stage_5():
     jobs = dict(lab.experiments()["tuning-laptop"])
     assert "realign terms=a,a+g" in jobs["lam0.1-seed100"]["grid"]
     assert not jobs["lam0.3-seed100"]["grid"] and "--radius 0" in jobs["lam0.3-seed100"][4]
+
+
+def test_the_rule_for_refusals_is_measured_on_labels(tmp_path, capsys):
+    rows = [("full_refusal", "I cannot."), ("full_refusal", "Hm."), ("full_compliance", "Sure!")]
+    lines = [json.dumps({"label": label, "completion": text}) for label, text in rows]
+    (tmp_path / "some.jsonl").write_text("\n".join([*lines, lines[0].replace("full", "partial")]))
+    judge.main([str(tmp_path / "some.jsonl")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split() == ["some.jsonl", "50.0", "/", "0.0", "50.0", "/", "0.0"]
+    assert len(judge.XSTEST) == 21 and judge.xstest(" Sorry, no") and not judge.xstest("So sorry")
