@@ -221,7 +221,26 @@ def table_pairs(pattern, columns, options):
     for pair in " ".join(options).split("; "):
         first, second = pair.split(" minus ")
         entry = summarise(found, second)[first]
-        table.append((pair, [number(entry, f"{key}_diff", False) for key in columns]))
+        table.append((pair, [number(entry, key, False) for key in columns]))
+    return table
+
+
+def table_square(pattern, columns, options):
+    """The 2 x 2 of one score: w plain or Panacea's, one step up h or ten; means (sd), and the
+    paired 95 % intervals of both differences."""
+    (found,), (key,) = group(files(pattern)), columns
+    summary = summarise(found)
+    square = [("one_shot", "ascent"), ("panacea", "panacea_ascent")]
+    square = [[label(pick(summary, model)["row"]) for model in models] for models in square]
+
+    def less(second, first):
+        return number(summarise(found, first)[second], f"{key}_diff", False)
+
+    table = [(key, ["one step", "ten steps", "ten less one"])]
+    for name, (one, ten) in zip(("plain", "Panacea's"), square):
+        cells = [number(summary[row], key, True) for row in (one, ten)]
+        table.append((name, [*cells, less(ten, one)]))
+    table.append(("Panacea's less plain", [less(b, a) for a, b in zip(*square)] + [""]))
     return table
 
 
@@ -430,6 +449,7 @@ KINDS = {
     "rows": table_rows,
     "groups": table_groups,
     "pairs": table_pairs,
+    "square": table_square,
     "chosen": table_chosen,
     "fall": table_fall,
     "layers": table_layers,
