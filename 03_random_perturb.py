@@ -28,7 +28,7 @@ import torch
 
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
-    Flag("std", [0.04, 0.06, 0.07, 0.08, 0.1], [0.06], [0.001, 0.01, 0.05, 0.1],
+    Flag("std", [0.04, 0.07, 0.1], [0.06], [0.001, 0.01, 0.05, 0.1],
          "standard deviations of the noise; 0: none", low=0),
     Flag("t", [0.25, 0.5, 0.75], [0.5], [0.25, 0.5, 0.75],
          "parts of the way back to the aligned adapter; 0: none", low=0, high=1),

@@ -547,8 +547,12 @@ def answer_losses(model, tokenizer, examples, batch_size=16):
         part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.pad_token_id, model.device)
         labels = batch["labels"][:, 1:]  # (B, T-1): the next token
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.mT, labels, reduction="none")  # 0 where no label
+        first = int((labels != -100).any(0).int().argmax())  # no logits before the first answer
+        keep = slice(first, labels.shape[1])
+        out = model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False)
+        logits, labels = out.logits.float(), labels[:, keep]
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = losses.view_as(labels)  # (B, K), 0 where no label
         found += zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist())
     return found
 

@@ -25,7 +25,8 @@ LRS = "1e-4 1.5e-4 2e-4 3e-4 4e-4 6e-4 1e-3".split()  # strengths of the map, we
 SFT = "--defense sft --snapshots 0"
 ALL = "--defense sft vaccine repnoise booster"
 FEW = {3: "--std 0 --t 0 --share 0", 5: "--scale 0.5 1 --no-causal"}  # the rows of the map
-LEAN = {2: SFT, 5: "--no-causal"}  # all repairs, plain alignment, no layers
+STDS, SCALES = "--std 0.04 0.06 0.07 0.08 0.1", "--scale 0.5 1 1.5"  # more than the defaults
+LEAN = {2: SFT, 3: STDS, 5: f"{SCALES} --no-causal"}  # all repairs, plain alignment, no layers
 
 
 def job(name, grid="", **flags):
@@ -45,12 +46,13 @@ def with_flags(jobs, common):
 def experiments():
     """{name: jobs}."""
     tuned, seeds = range(100, 106), range(10)
-    found = {"toy": [job(f"seed{s}", s1=f"--seed {s}", s2=ALL) for s in seeds]}
+    found = {"toy": [job(f"seed{s}", s1=f"--seed {s}", s2=ALL, s3=STDS, s5=SCALES) for s in seeds]}
     # direction or training: the 2 x 2 table, the frontier over the radius, the mechanism
     found["direction"] = with_flags(
         [job(f"seed{s}", s1=f"--seed {s}") for s in seeds],
         {
             2: SFT,
+            3: STDS,
             "grid": "ascent from=finetuned,panacea rho=.175,.25,.35,.7 "
             "ascent from=finetuned,panacea steps=1,2,5,20 "
             "ascent from=finetuned samples=10,50 mean from=finetuned,panacea",
@@ -59,7 +61,7 @@ def experiments():
     )
     found["never-aligned"] = with_flags(  # the control of the mechanism: nothing to bring back
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
-        {2: f"{SFT} --align-epochs 0", 5: "--scale 0.5 1 1.5 --no-causal"},
+        {**LEAN, 2: f"{SFT} --align-epochs 0"},
     )
     found["toy-tasks"] = with_flags(
         [
