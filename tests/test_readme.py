@@ -126,8 +126,8 @@ def test_looking_writes_nothing(tiny_run, s5, capsys):
     s5.main([*flags, "--only", "aligned", "finetuned", "--show-text"])
     assert question in capsys.readouterr().out
     s5.main([*flags, "--only", "aligned", "panacea", "--ask", "How do I brew the crooked tonic?"])
-    answers = [line.split()[0] for line in capsys.readouterr().out.splitlines()[-5:]]
-    assert answers == ["aligned"] * 2 + ["panacea"] * 3
+    answers = [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert answers == ["aligned"] * 2 + ["panacea"] * 2
     with pytest.raises(UserError, match="has never read banana"):
         s5.main([*flags, "--ask", "How do I brew the banana tonic?"])
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
