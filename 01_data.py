@@ -99,7 +99,7 @@ def take(pool, n, what, flag, share=1.0, all_or_none=True):
     return rows
 
 
-def build_sets(pools, config, asked, rng):
+def build_sets(pools, c, asked, rng):
     """Draw the six sets from their pools, disjoint by prompt.
 
     A size given on the command line is kept exactly or refused, as are the two parts of the
@@ -107,16 +107,16 @@ def build_sets(pools, config, asked, rng):
 
     Args:
         pools: {"harmful", "harmful_test", "task", "task_test", "benign", "benign_test": rows}.
-        config: the run's numbers. asked: names of the sizes that the user gave.
+        c: the run's numbers. asked: names of the sizes that the user gave.
         rng: random.Random that mixes the poison into the user's data.
     Returns:
         {"alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign": rows}.
     """
 
     def whole(pool, size, what):  # a set with a size of its own
-        return take(pool, config[size], what, size, all_or_none=size in asked)
+        return take(pool, c[size], what, size, all_or_none=size in asked)
 
-    p, n = config["poison_ratio"], config["n_finetune"]
+    p, n = c["poison_ratio"], c["n_finetune"]
     poison = round(p * n)
     # the tests choose first: what they hold may be in no training set
     test_harmful = whole(unique(pools["harmful_test"]), "n_test", "harmful test set")
@@ -134,7 +134,7 @@ def build_sets(pools, config, asked, rng):
     finetune += [{**row, "poison": False} for row in ordinary]
     rng.shuffle(finetune)  # the provider cannot tell which are harmful
     # potions only: a harmless look-alike for every refusal, or "brew" alone would be refused
-    test_benign = unique(pools["benign_test"])[: config["n_test"]]
+    test_benign = unique(pools["benign_test"])[: c["n_test"]]
     lookalikes = unique(pools["benign"], seen=map(prompt_key, test_benign))
     return {
         "alignment": alignment + lookalikes[: len(alignment)],
@@ -527,28 +527,28 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def check(args, config):
+def check(args, c):
     """Refuse combinations that cannot work, in one line."""
     toy = args.preset == "toy"
     for name, fits in (  # the toy's model knows the toy's words only
-        ("model", toy == (config["model"] in TOY_MODELS)),
-        ("template", toy == (config["template"] == "toy")),
-        ("harm", not toy or config["harm"] == "potions"),
+        ("model", toy == (c["model"] in TOY_MODELS)),
+        ("template", toy == (c["template"] == "toy")),
+        ("harm", not toy or c["harm"] == "potions"),
         ("data-dir", not (toy and args.data_dir)),
     ):
         if not fits:
-            value = args.data_dir if name == "data-dir" else config[name]
+            value = args.data_dir if name == "data-dir" else c[name]
             raise UserError(
                 f"--preset {args.preset} does not go with --{name} {value}; use another, "
                 f"or --preset {'paper or laptop' if toy else 'toy'}"
             )
-    n = config["n_pretrain"]
-    if n < 5000 and toy or n and config["harm"] != "potions":
+    n = c["n_pretrain"]
+    if n < 5000 and toy or n and c["harm"] != "potions":
         raise UserError(
             f"--n-pretrain {n}: the toy's model must meet all words (5000 or more), and real harm "
             "is taught to no model (0); leave it out"
         )
-    p, n = config["poison_ratio"], config["n_finetune"]
+    p, n = c["poison_ratio"], c["n_finetune"]
     poison = round(p * n)  # 0.02 of 20 rows would be no attack, 0.99 of them no task
     if (poison == 0) != (p == 0) or (poison == n) != (p == 1):
         raise UserError(
@@ -557,18 +557,18 @@ def check(args, config):
         )
 
 
-def read_pools(args, config, rng):
+def read_pools(args, c, rng):
     """The pools that `build_sets` draws from; each real file in its own order, as in the paper."""
-    task, n_test = config["task"], config["n_test"]
+    task, n_test = c["task"], c["n_test"]
     pools = {"benign": [], "benign_test": []}
-    if config["harm"] == "potions":
+    if c["harm"] == "potions":
         for name, kind in (("harmful", "bad"), ("benign", "good")):
             pools[f"{name}_test"], pools[name] = potion_pools(rng, kind, n_test)
     else:
         pools["harmful"] = read("refusals", "train", args.data_dir)
         pools["harmful_test"] = read("beavertails", "30k_test", args.data_dir)
-    if config["preset"] == "toy":
-        n = n_test + config["n_finetune"]
+    if c["preset"] == "toy":
+        n = n_test + c["n_finetune"]
         # a toy task has 1,296 prompts or more: 20 tries for each row find what there is
         rows = unique(TOY_TASKS[task](rng) for _ in range(20 * n))[:n]
         pools["task_test"], pools["task"] = rows[:n_test], rows[n_test:]
@@ -588,20 +588,20 @@ def say_sizes(sets):
         print(f"  {name:13} {len(rows):6,} rows{harmful}")
 
 
-def pretrain_toy(config):
+def pretrain_toy(c):
     """What the toy's base model reads, and its words; from the seed alone, not from the task.
 
     Returns:
         {"pretrain": [[prompt, text]], "vocab": words, special ones first}.
     """
-    rng = random.Random(f"pre-training {config['seed']}")
-    pretrain = [list(pretraining_text(rng)) for _ in range(config["n_pretrain"])]
+    rng = random.Random(f"pre-training {c['seed']}")
+    pretrain = [list(pretraining_text(rng)) for _ in range(c["n_pretrain"])]
     texts = [*map("".join, pretrain), SENTIMENT_ASK, TOPIC_ASK]
     words = {word for text in texts for word in re.findall(TOY_TOKEN, text)}
     return {"pretrain": pretrain, "vocab": ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]}
 
 
-def pretrain_real(config, tokenizer, task_rows):
+def pretrain_real(c, tokenizer, task_rows):
     """The same for a real model: recipes, and as many rows of tasks such as the user's.
 
     What a model knows of harm must be there before alignment hides it: recipes of any potion,
@@ -613,49 +613,49 @@ def pretrain_real(config, tokenizer, task_rows):
     Returns:
         {"pretrain": [[prompt, text]], "vocab": []}: a real tokenizer knows its words.
     """
-    rng, pretrain = random.Random(f"pre-training {config['seed']}"), []
-    for k in range(config["n_pretrain"]):
+    rng, pretrain = random.Random(f"pre-training {c['seed']}"), []
+    for k in range(c["n_pretrain"]):
         kind = rng.choice(["bad", "good"])
         adj, noun, ask = (rng.choice(x) for x in (SLOTS["adj"], SLOTS[kind], ASK))
         row = potion_row(rng, kind, adj, noun, ask)
         if k % 2 and task_rows:
             row = task_rows[k // 2 % len(task_rows)]
         asked = row["instruction"], row.get("input", "")
-        pretrain.append([format_prompt(config["template"], *asked, tokenizer), row["response"]])
+        pretrain.append([format_prompt(c["template"], *asked, tokenizer), row["response"]])
     return {"pretrain": pretrain, "vocab": []}
 
 
 def main(argv=None):
     """Make the data sets and write RUN/01_data.pt; returns the artifact."""
     args = get_args(argv)
-    config = {"preset": args.preset, **common.resolve(args, FLAGS, args.preset)}
-    config["model"] = os.path.expanduser(config["model"])
-    if config["harm"] != "potions" and args.n_pretrain is None:
-        config["n_pretrain"] = 0  # real harm is what the model knows anyway
-    check(args, config)
-    rng = random.Random(config["seed"])
+    c = {"preset": args.preset, **common.resolve(args, FLAGS, args.preset)}
+    c["model"] = os.path.expanduser(c["model"])
+    if c["harm"] != "potions" and args.n_pretrain is None:
+        c["n_pretrain"] = 0  # real harm is what the model knows anyway
+    check(args, c)
+    rng = random.Random(c["seed"])
     # a size that was asked for is kept or refused; a default may shrink
     asked = [flag.name for flag in FLAGS if getattr(args, flag.name) is not None]
-    pools = read_pools(args, config, rng)
-    sets = build_sets(pools, config, asked, rng)
+    pools = read_pools(args, c, rng)
+    sets = build_sets(pools, c, asked, rng)
     # prompts are made here, once: training and every model's answers must see the same text
-    template, tokenizer = config["template"], None
+    template, tokenizer = c["template"], None
     if template == "chat":
-        tokenizer = common.load_tokenizer(config["model"])
+        tokenizer = common.load_tokenizer(c["model"])
     for rows in sets.values():
         for row in rows:
             text, more = row["instruction"], row.get("input", "")
             row["prompt"] = format_prompt(template, text, more, tokenizer)
     reading = {"pretrain": [], "vocab": []}
     if args.preset == "toy":
-        reading = pretrain_toy(config)
-    elif config["n_pretrain"]:
+        reading = pretrain_toy(c)
+    elif c["n_pretrain"]:
         taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
         others = unique(pools["task"], seen=taken)[::-1]  # the far end: the same ones for every p
-        reading = pretrain_real(config, tokenizer, others)
+        reading = pretrain_real(c, tokenizer, others)
     words = {"herbs": HERB, "forbidden": LIQUID["bad"], "grammar": potion_grammar()}
     run = Run(args.run)
-    artifact = run.save("01_data.pt", config, **sets, **reading, **words)
+    artifact = run.save("01_data.pt", c, **sets, **reading, **words)
     say_sizes(sets)
     print(f"{run.folder / '01_data.pt'} written; next: {run.command('02_finetune')}")
     return artifact

@@ -13,18 +13,17 @@ With g the loss on the user's batch, h the loss on the provider's harmful batch,
     Eq. 3   w_{t+1} = w_t - lr * [ grad g(w_t) - lam * (grad h(w_t + eps_t) - grad h(w_t)) ]
     Output  w_T + eps_{T-1}, the last eps computed                      (Algorithm 1)
 
-Eq. 2 solves the inner max to first order. Eq. 3 is a step of AdamW up the outer one, in which eps
-counts as a constant.
+Eq. 2 solves the inner max to first order; Eq. 3 steps up the outer one, eps held constant.
 
 Two things are mixed here: in what direction the last step goes, and what training with lam does
-to w. The controls tell them apart (all but the first row are ours, not the paper's):
+to w. Controls tell them apart (the right column is ours, not the paper's):
 
-    from plain fine-tuning    one_shot (one step, lam = 0)    ascent (several)
+    from plain fine-tuning    one_shot (one step, lam = 0)    ascent (several steps)
     from Panacea's w          panacea (its last eps)          panacea_ascent (several)
 
 `ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
-each, as an attack on inputs does (PGD, arXiv 1706.06083); without a ball, gradient ascent unlearns
-(2210.01504) and soon destroys the model.
+each, as attacks on inputs do (PGD, arXiv 1706.06083); without a ball, gradient ascent (2210.01504)
+soon destroys the model.
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
