@@ -95,7 +95,7 @@ def _example():
 
 def check_perturbation(fn):
     """Eq. 2: fn(grad_h, rho) -> eps; UserError where grad_h has no direction."""
-    grad = [torch.tensor([3.0, 4.0]), torch.tensor([[0.0, 12.0]])]
+    grad = [torch.tensor([3.0, 4.0]), torch.tensor([[-7.2, 9.6]])]
     whole, each = 13.0, (5.0, 12.0)  # one norm over both tensors; the norm of each
     eps = _eps(fn, grad, 0.5)
     slips = {
@@ -115,10 +115,10 @@ def check_perturbation(fn):
         ],
         "eps is multiplied by the norm; divide by it": [0.5 * x * whole for x in grad],
         "the largest entry counts as the norm; the L2 norm is the root of the sum of squares": [
-            0.5 * x / 12.0 for x in grad
+            0.5 * x / 9.6 for x in grad
         ],
         "the norm is a sum of |entries|; the L2 norm is the root of the sum of squares": [
-            0.5 * x / 19.0 for x in grad
+            0.5 * x / 23.8 for x in grad
         ],
     }
     for message, value in slips.items():
@@ -212,7 +212,7 @@ def check_panacea_rule(fn):
         "h(w + eps) is taken on the user's batch; both gradients of h want the harmful one": [
             x - lam * (z - y) for x, y, z in zip(grad_g, grad_h, at_user)
         ],
-        "both gradients of the difference are of g; Eq. 3 takes those of h": [
+        "the difference is eps itself, or both its gradients are of g; Eq. 3 takes those of h": [
             x - lam * (z - x) for x, z in zip(grad_g, at_user)
         ],
         "lam stands at grad g; it weighs the difference of the gradients of h": [
@@ -227,12 +227,23 @@ def check_panacea_rule(fn):
         "grad h(w + eps) is missing: Eq. 3 has a difference of two gradients": [
             x + lam * y for x, y in zip(grad_g, grad_h)
         ],
+        "grad h(w) alone is weighed: Eq. 3 has a difference of two gradients": [
+            x - lam * y for x, y in zip(grad_g, grad_h)
+        ],
+        "the gradients of h are added up; what counts is their DIFFERENCE": [
+            x - lam * (2 * y + r) for x, y, r in zip(grad_g, grad_h, rise)
+        ],
+        "rho weighs the difference; it is the length of eps, and lam is the weight": [
+            x - rho * r for x, r in zip(grad_g, rise)
+        ],
+        "grad g has the wrong sign: AdamW goes down what you return": [
+            -x - lam * r for x, r in zip(grad_g, rise)
+        ],
         "grad g is missing: Eq. 3 also learns the user's task": [-lam * r for r in rise],
         "the difference of gradients is missing or zero: this is plain fine-tuning, grad g(w); "
         "h wants w + eps the second time (with perturbed(w, eps): ...)": grad_g,
-        "the sign of lam is wrong: Eq. 3 subtracts lam * (grad h(w + eps) - grad h(w))": [
-            x + lam * r for x, r in zip(grad_g, rise)
-        ],
+        "the sign of lam (or of eps) is wrong: Eq. 3 subtracts lam * (grad h(w + eps) - "
+        "grad h(w))": [x + lam * r for x, r in zip(grad_g, rise)],
         "grad h(w) is missing from Eq. 3: what counts is the DIFFERENCE of gradients": [
             x - lam * (y + r) for x, y, r in zip(grad_g, grad_h, rise)
         ],
