@@ -290,6 +290,9 @@ def check_restores_exactly(perturbed):
         f"`yield` once; found {_found(manager)}"
     )
     with manager:
+        assert torch.is_grad_enabled(), (
+            "inside, no gradient could be taken: `yield` outside of torch.no_grad()"
+        )
         assert all(x is y for x, y in zip(w, tensors)), (
             "the list w got new tensors; change its own (x.add_(e)): those the model computes with"
         )
@@ -329,7 +332,7 @@ def check_per_tensor(fn):
 
 def check_random_direction(fn):
     """fn(grad_h, rho, generator): the same norm as Eq. 2, but no direction; new every time."""
-    grad = [torch.ones(40, 30), torch.ones(50)]
+    grad = [torch.linspace(0.1, 3.0, 1200).view(40, 30), torch.ones(50)]
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     eps = _eps(fn, grad, 0.4, generator)
@@ -342,7 +345,10 @@ def check_random_direction(fn):
     cosine = _dot(eps, grad) / (0.4 * _norm(grad))
     assert abs(cosine) < 0.12, f"noise should hardly see the gradient, cosine {cosine:.2f}"
     kurtosis = (eps[0] / eps[0].std()).pow(4).mean().item()
-    assert 2.3 < kurtosis < 3.7, "the entries should be Gaussian"
+    assert 2.3 < kurtosis < 3.7, "the entries should be Gaussian, whatever the gradient is there"
+    assert 0.6 < (eps[0].std() / eps[1].std()).item() < 1.6, (
+        "the entries differ in size between tensors: one norm for all of them together"
+    )
 
 
 def check_linf(fn):
@@ -402,7 +408,10 @@ def check_multi_step(fn):
 def check_anchored_direction(fn):
     """fn(grad_h, grad_a, rho, mu): rho (grad h - mu grad a) / ||.||; mu = 0 is Eq. 2."""
     grad_h, grad_a = _example(), [torch.tensor([1.0, 2.0, 0.0]), torch.tensor([[0.5], [0.0]])]
-    check_perturbation(lambda grad, rho: fn(grad, [torch.ones_like(x) for x in grad], rho, 0.0))
+    no_a = [torch.zeros_like(x) for x in grad_h]
+    check_perturbation(lambda grad, rho: fn(grad, [torch.zeros_like(x) for x in grad], rho, 0.0))
+    with_mu, without = fn(grad_h, grad_a, 0.5, 0.0), fn(grad_h, no_a, 0.5, 0.0)
+    assert _close(with_mu, without), "with mu = 0 it must be Eq. 2: is mu used?"
     eps = _eps(fn, grad_h, grad_a, 0.5, 2.0)
     assert abs(_norm(eps) - 0.5) < 1e-6, (
         f"the whole step has norm rho = 0.5, found {_norm(eps):.4f}"

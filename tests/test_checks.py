@@ -131,6 +131,20 @@ def rebinds(w, eps):
     w[:] = saved
 
 
+@contextlib.contextmanager
+def frozen(w, eps):
+    """A wrong answer to exercise 10: the body, too, runs without gradients."""
+    saved = [x.detach().clone() for x in w]
+    with torch.no_grad():
+        for x, e in zip(w, eps):
+            x.add_(e)
+        try:
+            yield
+        finally:
+            for x, old in zip(w, saved):
+                x.copy_(old)
+
+
 RIGHT = {
     checks.check_perturbation: eq2,
     checks.check_panacea_rule: rule,
@@ -205,12 +219,23 @@ WRONG = [
     (checks.check_restores_exactly, lambda w, eps: Adds(w, eps, swallow=False), "bit for bit"),
     (checks.check_restores_exactly, Adds, "must come out of it"),
     (checks.check_restores_exactly, rebinds, "the list w got new tensors"),
+    (checks.check_restores_exactly, frozen, "no gradient could be taken"),
     (checks.check_per_tensor, lambda g, rho: [rho * x / x.norm() for x in g], "norm rho / sqrt"),
     (checks.check_per_tensor, eq2, "norm rho / sqrt"),
     (checks.check_per_tensor, lambda g, rho: [x.mul_(rho) for x in g], "changed in place"),
     (checks.check_random_direction, lambda g, rho, _: eq2(g, rho), "same noise"),
     (checks.check_random_direction, lambda g, rho, gen: noise(g, 1.1, gen), "norm should be rho"),
     (checks.check_random_direction, lambda g, rho, _: noise(g, rho, None), "given generator"),
+    (
+        checks.check_random_direction,
+        lambda g, rho, gen: [x / 2**0.5 for y in g for x in noise([y], rho, gen)],
+        "between tensors",
+    ),
+    (
+        checks.check_random_direction,
+        lambda g, rho, gen: eq2([x * y for x, y in zip(noise(g, 1, gen), g)], rho),
+        "should be Gaussian",
+    ),
     (checks.check_linf, eq2, "whole box"),
     (checks.check_linf, lambda g, rho: [-rho * x.sign() for x in g], "goes down"),
     (checks.check_linf, lambda g, rho: [x.sign() for x in g], "leaves the box"),
@@ -221,6 +246,7 @@ WRONG = [
     (checks.check_multi_step, lambda *a: climb(*a, way=-2.5), "goes down"),
     (checks.check_multi_step, lambda *a: climb(*a, at_w=True), "25 steps"),
     (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, -mu), "descend a"),
+    (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, 1), "is mu used"),
     (checks.check_safe_lora, lambda *a: None, "return one tensor"),
     (checks.check_safe_lora, lambda *a: project(*a, norm=lambda V: 1.0), "Frobenius"),
     (checks.check_safe_lora, lambda *a: project(*a, below=False), "below tau"),
