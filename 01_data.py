@@ -90,11 +90,11 @@ def take(pool, n, what, flag, share=1.0, all_or_none=True):
         UserError: too few rows; the message says which size would fit.
     """
     if n > len(pool):
-        found = f"{what}: {n} asked, {len(pool)} unique prompts left ({n - len(pool)} missing)"
+        lack = f"{what}: {n} asked, {len(pool)} unique prompts left ({n - len(pool)} missing)"
         if all_or_none or not pool:
             most = f"--{flag.replace('_', '-')} {int(len(pool) / share)}"
-            raise UserError(f"{found}; use {most}, smaller other sets, or add data")
-        print(f"  note: {found}")
+            raise UserError(f"{lack}; use {most}, smaller other sets, or add data")
+        print(f"  note: {lack}")
     rows, pool[:] = pool[:n], pool[n:]
     return rows
 
@@ -490,13 +490,14 @@ def read(name, split, data_dir):
         if not where.is_file():
             raise UserError(f"{where} is not there; give --data-dir a folder with {files[split]}")
         kind, options = FORMATS[where.suffix]
-        found = datasets.load_dataset(kind, data_files=str(where), split="train", **options)
+        published = datasets.load_dataset(kind, data_files=str(where), split="train", **options)
     else:
-        where, found = " ".join(filter(None, hub)), datasets.load_dataset(*hub, split=split)
+        where = " ".join(filter(None, hub))
+        published = datasets.load_dataset(*hub, split=split)
     # AlpacaEval's own outputs, of which two are empty, are never taught
     may_lack = ("input", "response") if name == "alpaca_eval" else ("input",) * (name == "alpaca")
     rows, left_out = [], Counter()
-    for number, raw in enumerate(found, 1):
+    for number, raw in enumerate(published, 1):
         try:
             row = make(raw)
         except UserError as error:
@@ -508,7 +509,7 @@ def read(name, split, data_dir):
     if not rows:
         raise UserError(f"{where}: no row can be used ({why or 'it has none'}); give another file")
     if left_out:
-        print(f"  note: {where}: {left_out.total():,} of {len(found):,} rows left out ({why})")
+        print(f"  note: {where}: {left_out.total():,} of {len(published):,} rows left out ({why})")
     return rows
 
 

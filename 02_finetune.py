@@ -527,8 +527,8 @@ def pretrain(run, data, c, device):
     known["text"] = hashlib.sha256(text.encode()).hexdigest()
     file = path / "pretrain.json"
     if file.is_file():
-        found = json.loads(file.read_text())
-        if found == {**known, "made": common.model_digest(path)}:
+        kept = json.loads(file.read_text())
+        if kept == {**known, "made": common.model_digest(path)}:
             print(f"{path} fits this data and these settings: not made again")
             return
     model, tokenizer = pretrain_toy(data, c, device) if toy else pretrain_real(run, data, c, device)

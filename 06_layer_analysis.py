@@ -86,13 +86,13 @@ def matrices(eps):
 def with_views(rows, measured):
     """Add to each layer's row the scores of its views; {"none", "all"}: eps nowhere, everywhere."""
     ends = {}
-    for found in measured:
-        scores = {key: found[key] for key in SCORES if found[key] is not None}
-        if found["layer"] is None:
-            ends[found["view"]] = scores
+    for view in measured:
+        scores = {key: view[key] for key in SCORES if view[key] is not None}
+        if view["layer"] is None:
+            ends[view["view"]] = scores
         for row in rows:
-            if row["layer"] == found["layer"]:
-                row[found["view"]] = scores
+            if row["layer"] == view["layer"]:
+                row[view["view"]] = scores
     return ends
 
 
@@ -109,7 +109,7 @@ def correlations(rows, ends, key):
     no ranks, and is left out.
     """
     sign = -1 if key == "hs" else 1
-    found = {size: {} for size in SIZES}
+    rank = {size: {} for size in SIZES}
     for view in VIEWS:
         if view == "without":  # what the layer's absence undoes of the whole effect
             effect = [sign * (ends["all"][key] - row[view][key]) for row in rows]
@@ -119,8 +119,8 @@ def correlations(rows, ends, key):
             for size in SIZES:
                 pair = ranks([row[size] for row in rows]), ranks(effect)
                 if len(set(pair[0])) > 1:
-                    found[size][view] = float(np.corrcoef(*pair)[0, 1])
-    return found
+                    rank[size][view] = float(np.corrcoef(*pair)[0, 1])
+    return rank
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,10 +153,10 @@ def print_layers(rows, ends, agreement, prompts):
             "the norm of the whole. random: noise of that norm on that layer."
         )
     for key, what in (("hs", "the fall of HS"), ("refusal", "the rise of refusals")):
-        found = agreement.get(key, {})
+        of_sizes = agreement.get(key, {})
         if len(rows) < 8:  # so few layers have hardly any ranks: one line will do
-            found = {"norm": found["norm"]} if key == "refusal" and found else {}
-        for size, views in found.items():
+            of_sizes = {"norm": of_sizes["norm"]} if key == "refusal" and of_sizes else {}
+        for size, views in of_sizes.items():
             values = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
             values = values or "no layer differs"
             print(f"rank correlation of {size} with {what} ({len(rows)} layers): {values}")

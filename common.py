@@ -178,9 +178,9 @@ def row(model, setting, w, eps=None, defense="sft", **more):
 
 def weights_of(stage2, model, defense="sft"):
     """w of a row of stage 2's artifact: "aligned", or "finetuned", the attacked one."""
-    for found in stage2["rows"]:
-        if (found["model"], found["defense"]) == (model, defense) and "snapshot" not in found:
-            return found["w"]
+    for x in stage2["rows"]:
+        if (x["model"], x["defense"]) == (model, defense) and "snapshot" not in x:
+            return x["w"]
     raise UserError(f"02_finetune.pt: nothing was aligned with {defense}; run 02_finetune.py again")
 
 
@@ -262,8 +262,8 @@ class Run:
         """Digest of a parent as it is now; "" if it is not there. Read once a stage."""
         if name not in self.digests:
             base = model_source(self.folder, config)
-            found = model_digest(base) if name == BASE_MODEL else file_digest(self.folder / name)
-            self.digests[name] = found
+            digest = model_digest(base) if name == BASE_MODEL else file_digest(self.folder / name)
+            self.digests[name] = digest
         return self.digests[name]
 
     def load(self, name):
@@ -277,11 +277,11 @@ class Run:
             artifact = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file raises a dozen kinds; each means the same to the user
             raise UserError(f"{path} is damaged or not a plain-data artifact; {again}") from None
-        found = artifact if isinstance(artifact, dict) else {}
-        if (found.get("kind"), found.get("format")) != (path.stem, self.FORMAT):
+        head = artifact if isinstance(artifact, dict) else {}
+        if (head.get("kind"), head.get("format")) != (path.stem, self.FORMAT):
             raise UserError(
                 f"{path} is no {path.stem!r} of this version of the project (format {self.FORMAT})"
-                f" but {found.get('kind')!r} (format {found.get('format')}); {again}"
+                f" but {head.get('kind')!r} (format {head.get('format')}); {again}"
             )
         for parent, expected in artifact["parents"].items():
             if self.digest(parent, artifact["config"]) != expected:
@@ -354,9 +354,10 @@ def load_weights(auto_class, name, **options):
     model, info = auto_class.from_pretrained(name, **options)
     for what in ("missing", "unexpected", "mismatched"):
         if keys := sorted(map(str, info[f"{what}_keys"])):
-            found = f"{len(keys)} weights {what} (such as {keys[0]})"
-            kind = type(model).__name__
-            raise UserError(f"{name} does not fit {kind}: {found}; give a checkpoint of this class")
+            raise UserError(
+                f"{name} does not fit {type(model).__name__}: {len(keys)} weights {what} (such as "
+                f"{keys[0]}); give a checkpoint of this class"
+            )
     return model
 
 
@@ -542,7 +543,7 @@ def draw_batches(examples, batch_size, seed, epochs=None):
 @torch.no_grad()
 def answer_losses(model, tokenizer, examples, batch_size=16):
     """[(summed cross-entropy in nats, number of answer tokens)] of each example (ids, labels)."""
-    found = []
+    sums = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.pad_token_id, model.device)
@@ -553,8 +554,8 @@ def answer_losses(model, tokenizer, examples, batch_size=16):
         logits, labels = out.logits.float(), labels[:, keep]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.view_as(labels)  # (B, K), 0 where no label
-        found += zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist())
-    return found
+        sums += zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist())
+    return sums
 
 
 @torch.no_grad()
@@ -632,8 +633,8 @@ def in_processes(function, jobs):
             futures = [pool.submit(_work, function, job, job is jobs[0]) for job in jobs]
             parts = [future.result() for future in futures]
         except BrokenProcessPool:
-            found = "one of this stage's processes was killed (for want of memory?)"
-            raise UserError(f"{found}; run it again") from None
+            text = "one of this stage's processes was killed (for want of memory?); run it again"
+            raise UserError(text) from None
         except BaseException:  # Ctrl-C, or an error in one of them: do not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
