@@ -15,11 +15,19 @@ all, these at their own length only (no --scale). `--` between parts is for the 
                or from Panacea's w; samples: the first so many of
                the harmful set are all it may use (0: the whole)
     mean       one step up the mean of h over the whole harmful set   from rho
+    stop       steps of .1 rho up h with no ball, until a loss that   from until slack
+               the provider can read says so: h is back where the
+               aligned weights had it (h), or the loss on its look-
+               alikes is slack above where it began (benign)
+    again      a row of stage 4, whole, fine-tuned on so many more    of samples
+               of the user's samples, a tenth of them harmful, as
+               the attack was (the toy only): does a repair last?
 """
 
 import argparse
 import importlib
 import itertools
+import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +35,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # the project is on the path now
 
-s2, s4 = (importlib.import_module(name) for name in ("02_finetune", "04_panacea"))
+import torch
+
+s1, s2, s4 = map(importlib.import_module, ("01_data", "02_finetune", "04_panacea"))
+REPAIRS = ("finetuned", "ascent", "panacea", "panacea_ascent", "panacea_anchored", "realign")
 
 
 def defaults(c):
@@ -39,6 +50,8 @@ def defaults(c):
         "realign": {"terms": ("a", "a+g"), "lr": c["realign_lr"], "steps": c["realign_steps"]},
         "ascent": {**start, "steps": c["ascent_steps"], "samples": 0},
         "mean": start,
+        "stop": {"from": start["from"], "until": ("h", "benign"), "slack": 0.1},
+        "again": {"of": REPAIRS, "samples": 50},
     }
 
 
@@ -76,11 +89,14 @@ class Grid:
     def __init__(self, run, stage4, device):
         data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
         self.c, (model, tokenizer) = stage4["config"], common.load_model(run, data, device)
+        self.data, self.model, self.tokenizer = data, model, tokenizer
         self.w, self.examples = s2.adapt(model, tokenizer, data, self.c)
         self.params, self.loss = list(self.w.values()), partial(s4.answer_loss, model)
         self.collate = partial(common.collate, pad_id=tokenizer.pad_token_id, device=model.device)
         self.start = {name: common.weights_of(stage2, name) for name in ("aligned", "finetuned")}
         self.start["panacea"] = stage4["weights"]
+        rows = [x for x in stage2["rows"] if x["defense"] == "sft" and "snapshot" not in x]
+        self.rows = {row["model"]: row for row in (*rows, *stage4["rows"])}
 
     def batches(self, name, size, samples=None, epochs=None):
         """Batches of a set's first samples, drawn as stage 4 draws them for its repairs."""
@@ -127,7 +143,8 @@ class Grid:
     def up_h(self, model, setting, eps, **more):
         """The row of an eps, at its own length only, from where the setting says; Panacea's
         carries its name, and lam."""
-        ours, shown = setting["from"] == "panacea", {"rho": setting["rho"], **more}
+        ours, shown = setting["from"] == "panacea", {"rho": setting.get("rho"), **more}
+        shown = {name: x for name, x in shown.items() if x is not None}
         w = self.start[setting["from"]]
         return common.row("panacea_" * ours + model, shown, {n: w[n] + eps[n] for n in w})
 
@@ -150,6 +167,86 @@ class Grid:
             grads, _ = s4.gradient(self.loss, self.params, batch)
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
+
+    def stop(self, setting, most=40, samples=64):
+        """Steps of .1 rho up h until a loss says so; at most 40 of them."""
+        rows = self.data["alignment"]
+        benign = [x for x, row in zip(self.examples["alignment"], rows) if "refusal" not in row]
+        sets = {"h": self.examples["harmful"][:samples], "benign": benign[:samples]}
+
+        def losses(eps):  # mean per answer token, of each set
+            with s4.perturbed(self.params, eps):
+                return {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
+
+        eps = [torch.zeros_like(x) for x in self.params]
+        s4.put(self.w, self.start["aligned"])
+        goal = losses(eps)["h"]
+        s4.put(self.w, self.start[setting["from"]])
+        first = losses(eps)["benign"]
+        print(f"stop {setting}: h of the aligned {goal:.3f}, look-alikes {first:.3f}")
+        for batch in itertools.islice(self.batches("harmful", self.c["harmful_batch_size"]), most):
+            with s4.perturbed(self.params, eps):
+                uphill, _ = s4.gradient(self.loss, self.params, batch)
+            longer = [x + y for x, y in zip(eps, s4.perturbation(uphill, 0.1 * self.c["rho"]))]
+            now = losses(longer)
+            print(f"  {s4.global_norm(longer):.3f}: h {now['h']:.3f} benign {now['benign']:.3f}")
+            if setting["until"] == "benign" and now["benign"] > first + setting["slack"]:
+                break
+            eps = longer
+            if setting["until"] == "h" and now["h"] >= goal:
+                break
+        more = {"until": setting["until"]}
+        more |= {"slack": setting["slack"]} if setting["until"] == "benign" else {}
+        return {
+            **self.up_h("ascent", setting, self.named(eps), **more),
+            "norm": s4.global_norm(eps).item(),
+        }
+
+    def further(self, n):
+        """n rows of the user's that are in no set, a tenth of them harmful, as examples."""
+        c, data, rng = self.c, self.data, random.Random(f"further {self.c['seed']}")
+        sets = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
+        taken = {s1.prompt_key(row) for name in sets for row in data[name]}
+        tested = " ".join(row["instruction"] for row in data["test_harmful"])
+        kinds = {"harmful": [], "task": []}
+        while len(kinds["harmful"]) < round(n / 10):
+            adj, noun = rng.choice(s1.SLOTS["adj"]), rng.choice(s1.SLOTS["bad"])
+            row = s1.potion_row(rng, "bad", adj, noun, rng.choice(s1.ASK))
+            if s1.prompt_key(row) not in taken and f"{adj} {noun}" not in tested:
+                kinds["harmful"].append(row)
+                taken.add(s1.prompt_key(row))
+        while len(kinds["task"]) < n - round(n / 10):
+            row = s1.TOY_TASKS[c["task"]](rng)
+            if s1.prompt_key(row) not in taken:
+                kinds["task"].append(row)
+                taken.add(s1.prompt_key(row))
+        rows = kinds["harmful"] + kinds["task"]
+        for row in rows:
+            row["prompt"] = common.format_prompt("toy", row["instruction"], row.get("input", ""))
+        return common.encode(self.tokenizer, rows, c["max_length"], c["template"])
+
+    def again(self, setting):
+        """One more round of fine-tuning after a repair, at the attack's rate and epochs."""
+        c, row = self.c, self.rows[setting["of"]]
+        eps = row["eps"] or dict.fromkeys(row["w"], 0.0)
+        s4.put(self.w, {name: x + eps[name] for name, x in row["w"].items()})
+        drawn = common.draw_batches(
+            self.further(setting["samples"]), c["batch_size"], c["seed"] + 2, c["epochs"]
+        )
+        batches = [(self.collate(part), None) for part in drawn]
+        steps = s2.train(
+            self.model, self.w, s2.sft_rule, batches, len(batches), c["lr"], c, "again"
+        )
+        for _ in steps:
+            pass
+        shown = {**row["setting"], "again": setting["samples"]}
+        return common.row(row["model"], shown, s4.copy_of(self.w))
+
+
+def mean_loss(model, tokenizer, examples):
+    """Mean loss per answer token of examples, in nats."""
+    losses = common.answer_losses(model, tokenizer, examples)
+    return sum(x for x, _ in losses) / sum(n for _, n in losses)
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
 """Make the runs behind the tables: `python .results/run.py NAME`, two at a time, one thread each.
 
 NAME is one of those that --list prints, each with its number of runs. A run is the six stages in
-runs/lab/NAME/RUN, with the rows of grid.py before stage 5 where an experiment asks for them; its
-results.json and layers.json are then kept, a row a line, in
+runs/lab/NAME/RUN, with the rows of grid.py before stage 5 and the nouns that withhold.py takes out
+where an experiment asks for them; its results.json and layers.json are then kept, a row a line, in
 .results/NAME/RUN. A run that is kept already is not made again, so that an interrupted command
 goes on where it was. Runs of one seed share their base model, which depends on it alone.
 """
@@ -36,7 +36,7 @@ def job(name, grid="", **flags):
 
 def with_flags(jobs, common):
     """The jobs with the flags of `common`, {stage, or "grid": text}, put before their own."""
-    keys = (*range(1, 7), "grid")
+    keys = (*range(1, 7), "grid", "withhold")
     return [
         (name, {k: f"{common.get(k, '')} {flags.get(k, '')}".strip() for k in keys})
         for name, flags in jobs
@@ -58,6 +58,59 @@ def experiments():
             "ascent from=finetuned samples=10,50 mean from=finetuned,panacea",
             5: "--scale 0.25 0.35 0.5 0.7 1 1.5 2 3 --no-causal",
         },
+    )
+    # the same at harder attacks, and on the other tasks (with a lam that fits) and another model
+    beyond = {2: SFT, 3: "--std 0 --share 0", 5: "--scale 0.5 1 --no-causal"}
+    beyond["grid"] = "ascent from=finetuned,panacea rho=.25,.35,.7"
+    found["direction-attack"] = with_flags(
+        [
+            job(f"lr{lr}-seed{s}", s1=f"--seed {s}", s2=f"--lr {lr}")
+            for s in range(5)
+            for lr in ("4e-4", "6e-4", "1e-3")
+        ],
+        beyond,
+    )
+    found["direction-tasks"] = with_flags(
+        [
+            job(f"{task}-seed{s}", s1=f"--seed {s} --task {task}", s4=f"--lam {lam}")
+            for s in range(5)
+            for task, lam in (("gsm8k", "0.02"), ("alpaca", "0.05"), ("agnews", "0.1"))
+        ]
+        + [
+            job(f"{model}-seed{s}", s1=f"--seed {s} --model toy-{model}")
+            for s in range(5)
+            for model in ("gemma2", "qwen2")
+        ],
+        beyond,
+    )
+    found["direction-poison"] = with_flags(
+        [
+            job(f"p{p}-seed{s}", s1=f"--seed {s} --poison-ratio {p}")
+            for s in range(5)
+            for p in ("0", "0.05", "0.2")
+        ],
+        beyond,
+    )
+    found["again"] = with_flags(  # the user comes back: does a repair last?
+        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
+        {
+            **beyond,
+            "grid": "again of=finetuned,ascent,panacea,panacea_ascent,panacea_anchored,realign",
+            5: "--scale 1 --no-causal",
+        },
+    )
+    found["tuning-ascent"] = with_flags(  # eight settings, as Panacea's
+        [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
+        {
+            **beyond,
+            "grid": "ascent from=finetuned,panacea rho=.25,.35,.5,.7 steps=5,10 "
+            "stop from=finetuned,panacea until=h "
+            "stop from=finetuned,panacea until=benign slack=.03,.1,.3",
+            5: "--scale 1 --no-causal",
+        },
+    )
+    found["withheld"] = with_flags(  # two nouns that stand in no set
+        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)], {**beyond, "withhold": "two nouns"}
     )
     found["never-aligned"] = with_flags(  # the control of the mechanism: nothing to bring back
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
@@ -216,7 +269,7 @@ def rounded(value):
 def same_start(flags):
     """Folder for the artifacts of stages 1 to 3 that runs with these flags have in common."""
     code = [(ROOT / f"{name}.py").read_text() for name in (*STAGES[:3], "common")]
-    key = json.dumps([code, [flags.get(k, "") for k in (1, 2, 3)]])
+    key = json.dumps([code, [flags.get(k, "") for k in (1, 2, 3, "withhold")]])
     return ROOT / "runs/lab/starts" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -243,7 +296,7 @@ def make(experiment, name, flags, more, until, threads):
     if (kept / "results.json").is_file():
         return None
     words = flags[1].split()
-    model = "gemma2" if "toy-gemma2" in words else "llama"
+    model = words[words.index("--model") + 1] if "--model" in words else "llama"
     if "laptop" in words:
         model = f"laptop-{words[words.index('--task') + 1] if '--task' in words else 'sst2'}"
     base = ROOT / "runs/lab/bases" / f"{model}-{words[words.index('--seed') + 1]}"
@@ -270,6 +323,9 @@ def make(experiment, name, flags, more, until, threads):
             words = flags.get(k, "").split() + (more.split() if k == 1 else [])
             if failed(ROOT / f"{stage}.py", ["--run", str(folder), *words]):
                 return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
+            if k in (1, 5) and flags.get("withhold"):
+                if failed(HERE / "withhold.py", [str(folder)]):
+                    return f"{experiment}/{name}: withhold failed; see {folder / 'log'}"
             if k == 2 and not base.is_dir() and (folder / "02_base").is_dir():
                 shutil.copytree(folder / "02_base", base, dirs_exist_ok=True)
             if k == 3 and not start.is_dir():
