@@ -168,8 +168,8 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def stop(self, setting, most=40, samples=64):
-        """Steps of .1 rho up h until a loss says so; at most 40 of them."""
+    def stop(self, setting, most=25, samples=32):
+        """Steps of .1 rho up h until a loss says so; at most 25 of them."""
         rows = self.data["alignment"]
         benign = [x for x, row in zip(self.examples["alignment"], rows) if "refusal" not in row]
         sets = {"h": self.examples["harmful"][:samples], "benign": benign[:samples]}
