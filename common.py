@@ -328,12 +328,14 @@ def pick_device(name, preset):
     return torch.device(name)
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, toy=False):
     """Tokenizer of a checkpoint, a folder or a hub id; it pads on the left, with EOS if need be.
 
+    The toy's is read as it was written: AutoTokenizer would put Qwen2's own in its place.
     Raises UserError if it has no end token, without which no answer would ever stop.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    kind = transformers.PreTrainedTokenizerFast if toy else transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         where = "set eos_token in its tokenizer_config.json, or give another model"
         raise UserError(f"{name}: its tokenizer has no end-of-sequence token; {where}")
@@ -373,7 +375,7 @@ def load_model(run, data, device, as_given=False):
         raise UserError(f"{source} is missing; run: {run.command('02_finetune')}")
     dtype = torch.bfloat16 if device.type == "cuda" else "auto"
     model = load_weights(transformers.AutoModelForCausalLM, source, dtype=dtype)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, toy=config["model"] in TOY_MODELS)
     if not as_given:
         run.parents[BASE_MODEL] = run.digest(BASE_MODEL, config)
     slow = device.type != "cuda" and config["preset"] == "laptop"

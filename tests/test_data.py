@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import stage
 
+import common
 from common import UserError, collate, draw_batches, encode, prompt_ids
 
 SETS = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
@@ -337,6 +338,19 @@ def test_prompt_is_masked_and_the_answer_ends_with_eos(s2, tiny_data):
     assert labels[:n] == [-100] * n and labels[n:] == ids[n:]
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[n:-1]) == row["response"]
+
+
+@pytest.mark.parametrize("name", common.TOY_MODELS)
+def test_a_toy_base_is_read_with_the_words_it_was_trained_on(s2, name, tiny_data):
+    data = torch.load(tiny_data / "01_data.pt", weights_only=True)
+    tokenizer, base = s2.toy_tokenizer(data["vocab"]), tiny_data / "02_base"
+    s2.toy_model(name, len(data["vocab"])).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    data["config"]["model"] = name
+    _, read = common.load_model(common.Run(tiny_data), data, torch.device("cpu"))
+    prompt = data["test_harmful"][0]["prompt"]
+    ids = tokenizer(prompt)["input_ids"]
+    assert read(prompt)["input_ids"] == ids and len(ids) > 8
 
 
 def test_a_sample_that_is_too_long_still_has_an_answer(s2):
