@@ -10,11 +10,13 @@ import hashlib
 import importlib
 import io
 import json
+import re
 import tempfile
 import types
 from pathlib import Path
 
 import torch
+from common import UserError
 
 # ---------------------------------------------------------------------------------------------
 # What a function gave back
@@ -36,9 +38,8 @@ def _found(value):
 
 def _tensors(value, like, what):
     """`value`, which must be a list of tensors shaped like those of `like`, of their dtype."""
-    n = len(like)
     assert isinstance(value, (list, tuple)) and all(isinstance(x, torch.Tensor) for x in value), (
-        f"{what} must be a list of {n} tensors, found {_found(value)}"
+        f"{what} must be a list of {len(like)} tensors, found {_found(value)}"
     )
     assert [x.shape for x in value] == [x.shape for x in like], (
         f"{what} must have one tensor per gradient tensor, of the same shape: wanted "
@@ -50,28 +51,45 @@ def _tensors(value, like, what):
     assert not any(x.requires_grad for x in value), (
         f"{what} still hangs on the graph of a forward pass, which then stays in memory; detach it"
     )
+    assert all(x.isfinite().all() for x in value), (
+        f"{what} has entries that are nan or infinite: is something divided by 0?"
+    )
     return list(value)
 
 
-def _eps(fn, grad, *arguments):
-    """eps = fn(grad, ...), which must be new tensors shaped like those of the list `grad`."""
-    before = [x.clone() for x in grad]
-    eps = _tensors(fn(grad, *arguments), grad, "eps")
-    assert _same(grad, before), "the gradient was changed in place; make new tensors"
-    assert not any(e.data_ptr() == x.data_ptr() for e, x in zip(eps, grad)), (
-        "eps shares memory with the gradient; whoever clears or changes that changes eps"
+def _call(fn, **given):
+    """fn(*given), which must leave every tensor that it is given as it was, bit for bit."""
+    held = [
+        (name, x, x.detach().clone())
+        for name, value in given.items()
+        for x in (value if isinstance(value, list) else [value])
+        if isinstance(x, torch.Tensor)
+    ]
+    made = fn(*given.values())
+    for name, x, old in held:
+        advice = "keep a clone of each tensor, and x.copy_(old)" if name == "w" else "make new ones"
+        assert torch.equal(x, old), f"{name} was changed and not restored, bit for bit; {advice}"
+    return made
+
+
+def _eps(fn, **given):
+    """eps = fn(*given), which must be new tensors shaped like those of the first list given."""
+    lists = [value for value in given.values() if isinstance(value, list)]
+    eps = _tensors(_call(fn, **given), lists[0], "eps")
+    assert not any(e.data_ptr() == x.data_ptr() for like in lists for e, x in zip(eps, like)), (
+        "eps shares memory with the gradient (or w); whoever clears or changes that changes eps"
     )
     return eps
 
 
+def _flat(tensors):
+    """All entries of a list of tensors as one vector."""
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
 def _norm(tensors):
     """One L2 norm over all tensors, a number."""
-    return torch.sqrt(sum(x.pow(2).sum() for x in tensors)).item()
-
-
-def _dot(one, other):
-    """Inner product of two lists of tensors, a number."""
-    return sum((x * y).sum() for x, y in zip(one, other)).item()
+    return _flat(tensors).norm().item()
 
 
 def _same(one, other):
@@ -79,57 +97,66 @@ def _same(one, other):
     return all(torch.equal(x, y) for x, y in zip(one, other))
 
 
-def _close(one, other):
-    """Two lists of tensors, equal up to rounding."""
-    return all(torch.allclose(x, y) for x, y in zip(one, other))
+def _no_slip(found, slips):
+    """The tensors `found` are none of the vectors in {message: what that slip would make}."""
+    for message, value in slips.items():
+        assert not torch.allclose(_flat(found), value), message
 
 
 def _example():
-    """Two gradient tensors of very different size."""
-    return [torch.tensor([3.0, 0.0, -4.0]), torch.tensor([[0.05], [-0.12]])]
+    """Three gradient tensors of very different size, with entries of 0 and of nearly 0."""
+    return [torch.tensor(x) for x in ([3.0, 0, -4], [[0.05, 1e-5], [-0.12, 0.2]], [[-0.7]])]
 
 
 # ---------------------------------------------------------------------------------------------
 # The method: Eq. 2, Eq. 3, and w given back
 
 
+def _check_eq2(fn):
+    """fn(grad_h, rho) is Eq. 2, whatever the gradient, as long as it has a direction."""
+    # the norms are 12, 3 and 4, and 13 over all of them
+    grad = [torch.tensor(x) for x in ([[4.0, 8], [8, 0]], [1.0, 2, -2], [-4.0])]
+    rho, v, each = 0.4, _flat(grad), _flat([x / x.norm() for x in grad])
+    eps = _eps(fn, grad_h=grad, rho=rho)
+    slips = {
+        "rho is forgotten: eps has norm 1, and must have norm rho": v / 13,
+        "rho is squared; the norm of eps is rho": rho**2 * v / 13,
+        "the root of rho is taken; the norm of eps is rho": rho**0.5 * v / 13,
+        "the square root is forgotten: ||grad h|| is the root of the sum of squares": rho * v / 169,
+        "one norm for each tensor; Eq. 2 has one norm for all tensors together": rho * each,
+        "nothing is normalised: divide by ||grad h||": rho * v,
+        "the norms of the tensors are added up; it is one root of all squares": rho * v / 19,
+        "the root of a sum of norms is taken; it is one root of all squares": rho * v / 19**0.5,
+        "the norm is that of one tensor; it is one root of all squares": rho * v / 12,
+        "the norm is that of the last tensor; it is one root of all squares": rho * v / 4,
+        "a mean of squares is taken; the norm is the root of their sum": rho * v * 8**0.5 / 13,
+        "eps points downhill; Eq. 2 climbs h: + grad h, not - grad h": -rho * v / 13,
+        "eps is multiplied by the norm; divide by it": rho * v * 13,
+        "the largest entry counts as the norm; it is the root of all squares": rho * v / 8,
+        "the norm is a sum of |entries|; it is the root of all squares": rho * v / 29,
+        "every entry gets the same size; Eq. 2 keeps grad h and scales it": rho * v.sign(),
+    }
+    _no_slip(eps, slips)
+    assert abs(_norm(eps) - rho) < 1e-6, (
+        f"||eps|| over ALL tensors must be rho = {rho}, found {_norm(eps):.4f}"
+    )
+    assert torch.allclose(_flat(eps), rho * v / 13), (
+        f"closed form: rho * grad / ||grad||, wanted {rho * v / 13}, found {_flat(eps)}"
+    )
+    for what, other in (
+        ("is 0 in one tensor only", [x * k for x, k in zip(grad, (1, 0, 1))]),
+        ("is as short as 0.00013", [1e-5 * x for x in grad]),
+    ):
+        with contextlib.suppress(UserError):  # then eps is still that of the gradient before
+            eps = _eps(fn, grad_h=other, rho=rho)
+        assert torch.allclose(_flat(eps), rho * _flat(other) / _norm(other), rtol=1e-3), (
+            f"a gradient that {what} has a direction, too: eps is rho * grad / ||grad||"
+        )
+
+
 def check_perturbation(fn):
     """Eq. 2: fn(grad_h, rho) -> eps; UserError where grad_h has no direction."""
-    grad = [torch.tensor([3.0, 4.0]), torch.tensor([[-7.2, 9.6]])]
-    whole, each = 13.0, (5.0, 12.0)  # one norm over both tensors; the norm of each
-    eps = _eps(fn, grad, 0.5)
-    slips = {
-        "rho is forgotten: eps has norm 1, and must have norm rho": [x / whole for x in grad],
-        "the square root is forgotten: ||grad h|| is the root of the sum of squares": [
-            0.5 * x / whole**2 for x in grad
-        ],
-        "one norm for each tensor, as it seems; Eq. 2 has one norm for all tensors together": [
-            0.5 * x / n for x, n in zip(grad, each)
-        ],
-        "nothing is normalised: divide by ||grad h||": [0.5 * x for x in grad],
-        "the norms of the tensors are added up; one norm over all is the root of all squares": [
-            0.5 * x / sum(each) for x in grad
-        ],
-        "eps points downhill; Eq. 2 climbs h: + grad h, not - grad h": [
-            -0.5 * x / whole for x in grad
-        ],
-        "eps is multiplied by the norm; divide by it": [0.5 * x * whole for x in grad],
-        "the largest entry counts as the norm; the L2 norm is the root of the sum of squares": [
-            0.5 * x / 9.6 for x in grad
-        ],
-        "the norm is a sum of |entries|; the L2 norm is the root of the sum of squares": [
-            0.5 * x / 23.8 for x in grad
-        ],
-    }
-    for message, value in slips.items():
-        assert not _close(eps, value), message
-    norm = _norm(eps)
-    assert abs(norm - 0.5) < 1e-6, f"||eps|| over ALL tensors must be rho = 0.5, found {norm:.4f}"
-    for e, x in zip(eps, grad):
-        assert torch.allclose(e, 0.5 * x / whole), (
-            f"closed form: rho * grad / ||grad||, wanted {0.5 * x / whole}, found {e}"
-        )
-    UserError = importlib.import_module("common").UserError
+    _check_eq2(fn)
     for value in (0.0, float("nan"), float("inf")):
         said = None
         try:
@@ -143,20 +170,17 @@ def check_perturbation(fn):
 
 
 def _quadratics():
-    """w, g, h with known gradients: g = |w - 1|^2 / 2 and h = sum c w^2 / 2, in float64."""
-    w = [
-        torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True),
-        torch.tensor([[2.0]], dtype=torch.float64, requires_grad=True),
-    ]
-    c = [torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([[0.5]], dtype=torch.float64)]
+    """w, curvature c, loss: g = |w - 1|^2 and h = sum c w^2 / 2 in float64, gradients known."""
+    w = [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in ([0.1, -1.2], [[2.0]])]
+    c = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
 
-    def loss(batch):
-        assert batch in ("user", "harmful"), (
-            f"loss takes `batch` or `harmful`, found {_found(batch)}"
+    def loss(*given):
+        assert len(given) == 1 and given[0] in ("user", "harmful"), (
+            "loss takes `batch` or `harmful` and nothing else, found "
+            + " and ".join(_found(x) for x in given)
         )
-        if batch == "user":
-            return sum(((x - 1) ** 2).sum() / 2 for x in w)
-        return sum((k * x**2).sum() / 2 for k, x in zip(c, w))
+        flat = torch.cat([x.flatten() for x in w])
+        return ((flat - 1) ** 2).sum() if given[0] == "user" else (c * flat**2).sum() / 2
 
     return w, c, loss
 
@@ -189,84 +213,67 @@ def _losses(losses):
 def check_panacea_rule(fn):
     """Eq. 3: fn(loss, w, batch, harmful, rho, lam) -> (gradient, eps, losses)."""
     w, c, loss = _quadratics()
-    start = [x.detach().clone() for x in w]
-    rho, lam = 0.7, 0.3
-    made = fn(loss, w, "user", "harmful", rho, lam)
+    rho, lam, v = 0.6, 0.3, _flat(w)
+    x, y = 2 * (v - 1), c * v  # grad g(w), grad h(w)
+    e = rho * y / y.norm()
+    z = c * e  # grad h(w + eps) - grad h(w), exactly, because h is quadratic
+    try:
+        made = _call(fn, loss=loss, w=w, batch="user", harmful="harmful", rho=rho, lam=lam)
+    except UserError:
+        raise AssertionError(
+            "grad h is all zeros when it comes to `perturbation`: x.grad is one tensor, which "
+            "clearing it changes; keep x.grad.clone()"
+        ) from None
     grads, eps, losses = _parts(made)
-    assert _same(w, start), "w is not what it was, bit for bit; keep a copy and copy it back"
-    grads, eps = _tensors(grads, start, "the gradient"), _tensors(eps, start, "eps")
+    grads, eps = _tensors(grads, w, "the gradient"), _tensors(eps, w, "eps")
     _losses(losses)
-    grad_h = [k * x for k, x in zip(c, start)]
-    norm = _norm(grad_h)
-    for e, x in zip(eps, grad_h):
-        assert torch.allclose(e, rho * x / norm), (
-            "eps is not Eq. 2 at w: grad h(w) on the harmful batch, through `perturbation` (which "
-            "has a check of its own, -k eq2)"
-        )
-    # grad h(w + eps) - grad h(w) = c * eps, exactly, because h is quadratic
-    grad_g = [x - 1 for x in start]
-    rise = [k * rho * y / norm for k, y in zip(c, grad_h)]
-    wanted = [x - lam * r for x, r in zip(grad_g, rise)]
-    at_user = [x - 1 + rho * y / norm for x, y in zip(start, grad_h)]  # grad g(w + eps)
-    wrong = {
-        "h(w + eps) is taken on the user's batch; both gradients of h want the harmful one": [
-            x - lam * (z - y) for x, y, z in zip(grad_g, grad_h, at_user)
-        ],
-        "the difference is eps itself, or both its gradients are of g; Eq. 3 takes those of h": [
-            x - lam * (z - x) for x, z in zip(grad_g, at_user)
-        ],
-        "lam stands at grad g; it weighs the difference of the gradients of h": [
-            lam * x - r for x, r in zip(grad_g, rise)
-        ],
-        "lam weighs the whole of it; it belongs to the difference of the gradients of h": [
-            lam * (x - r) for x, r in zip(grad_g, rise)
-        ],
-        "lam weighs grad h(w + eps) only; it weighs the difference": [
-            x - (lam * (y + r) - y) for x, y, r in zip(grad_g, grad_h, rise)
-        ],
-        "grad h(w + eps) is missing: Eq. 3 has a difference of two gradients": [
-            x + lam * y for x, y in zip(grad_g, grad_h)
-        ],
-        "grad h(w) alone is weighed: Eq. 3 has a difference of two gradients": [
-            x - lam * y for x, y in zip(grad_g, grad_h)
-        ],
-        "the gradients of h are added up; what counts is their DIFFERENCE": [
-            x - lam * (2 * y + r) for x, y, r in zip(grad_g, grad_h, rise)
-        ],
-        "rho weighs the difference; it is the length of eps, and lam is the weight": [
-            x - rho * r for x, r in zip(grad_g, rise)
-        ],
-        "grad g has the wrong sign: AdamW goes down what you return": [
-            -x - lam * r for x, r in zip(grad_g, rise)
-        ],
-        "grad g is missing: Eq. 3 also learns the user's task": [-lam * r for r in rise],
-        "the difference of gradients is missing or zero: this is plain fine-tuning, grad g(w); "
-        "h wants w + eps the second time (with perturbed(w, eps): ...)": grad_g,
-        "the sign of lam (or of eps) is wrong: Eq. 3 subtracts lam * (grad h(w + eps) - "
-        "grad h(w))": [x + lam * r for x, r in zip(grad_g, rise)],
-        "grad h(w) is missing from Eq. 3: what counts is the DIFFERENCE of gradients": [
-            x - lam * (y + r) for x, y, r in zip(grad_g, grad_h, rise)
-        ],
-        "lam is missing: Eq. 3 weighs the difference of gradients with it": [
-            x - r for x, r in zip(grad_g, rise)
-        ],
-        "grad g is taken at w + eps; Eq. 3 takes it at w": [
-            x + rho * y / norm - lam * r for x, y, r in zip(grad_g, grad_h, rise)
-        ],
-        "the whole of Eq. 3 has the wrong sign: AdamW goes down what you return": [
-            -x for x in wanted
-        ],
+    slips = {
+        "eps lies along grad g; it wants grad h, on the harmful batch": rho * x / x.norm(),
+        "gradients add up in .grad; clear it before backward()": rho * (x + y) / (x + y).norm(),
+        "eps has norm lam; its norm is rho": lam * y / y.norm(),
     }
-    for message, value in wrong.items():
-        assert not _close(grads, value), message
-    for x, y in zip(grads, wanted):
-        assert torch.allclose(x, y), f"closed form of Eq. 3: wanted {y}, found {x}"
-    h = sum((k * x**2).sum() / 2 for k, x in zip(c, start)).item()
-    assert abs(losses["h"] - h) < 1e-9 and losses["h_eps"] > losses["h"], (
-        "losses must report h at w and h_eps at w + eps, and h_eps must be the larger"
+    _no_slip(eps, slips)
+    assert torch.allclose(_flat(eps), e), (
+        "eps is not Eq. 2 at w: grad h(w) on the harmful batch, through `perturbation` (which "
+        "has a check of its own, -k eq2)"
     )
-    g = sum(((x - 1) ** 2).sum() / 2 for x in start).item()
-    assert abs(losses["g"] - g) < 1e-9, "losses must report g at w, on the user's batch"
+    slips = {
+        "h(w + eps) is on the user's batch; it wants the harmful one": x - lam * (x + 2 * e - y),
+        "the difference is eps itself; Eq. 3 takes that of the gradients of h": x - lam * e,
+        "both gradients of the difference are of g; Eq. 3 takes those of h": x - lam * 2 * e,
+        "lam stands at grad g; it weighs the difference of the gradients of h": lam * x - z,
+        "lam weighs the whole of it; it weighs the difference of the gradients of h": lam * (x - z),
+        "grad g is weighed with 1 - lam; Eq. 3 takes all of it": (1 - lam) * x - lam * z,
+        "lam weighs grad h(w + eps) only; it weighs the difference": x - (lam * (y + z) - y),
+        "brackets are missing: lam * (grad h(w + eps) - grad h(w))": x - lam * (y + z) - y,
+        "grad h(w + eps) is missing: Eq. 3 has a difference of two gradients": x + lam * y,
+        "grad h(w) alone is weighed: Eq. 3 has a difference of two gradients": x - lam * y,
+        "the gradients of h are added up; what counts is their DIFFERENCE": x - lam * (2 * y + z),
+        "rho weighs the difference; it is the length of eps, and lam is the weight": x - rho * z,
+        "rho comes in twice; it is the length of eps and nothing else": x - lam * rho * z,
+        "the difference is divided by rho; Eq. 3 takes it as it is": x - lam * z / rho,
+        "lam comes in twice; it weighs the difference, not eps": x - lam**2 * z,
+        "w is moved by grad h; move it by eps": x - lam * c * y,
+        "eps is added to the gradient; it is added to w alone, once, at the end": x - lam * z + e,
+        "grad g has the wrong sign: AdamW goes down what you return": -x - lam * z,
+        "grad g is missing: Eq. 3 also learns the user's task": -lam * z,
+        "plain fine-tuning, grad g(w): the second grad h wants `with perturbed(w, eps):`": x,
+        "the sign of lam (or of eps) is wrong: Eq. 3 subtracts the difference": x + lam * z,
+        "grad h(w) is missing: what counts is the DIFFERENCE of gradients": x - lam * (y + z),
+        "lam is missing: Eq. 3 weighs the difference of gradients with it": x - z,
+        "grad g is taken at w + eps; Eq. 3 takes it at w": x + 2 * e - lam * z,
+        "the whole of Eq. 3 has the wrong sign: AdamW goes down what you return": -x + lam * z,
+    }
+    _no_slip(grads, slips)
+    assert torch.allclose(_flat(grads), x - lam * z), (
+        f"closed form of Eq. 3: wanted {x - lam * z}, found {_flat(grads)}"
+    )
+    wanted = {"g": ((v - 1) ** 2).sum(), "h": y @ v / 2, "h_eps": c @ (v + e) ** 2 / 2}
+    for name, value in wanted.items():
+        assert abs(losses[name] - value.item()) < 1e-9, (
+            f"the loss {name} is {losses[name]:.4f} and must be {value:.4f}: g at w on the user's "
+            "batch, h at w and h_eps at w + eps on the harmful one, as they are"
+        )
 
 
 def check_lam_zero(fn):
@@ -279,39 +286,52 @@ def check_lam_zero(fn):
     assert abs(_norm(eps) - 0.7) < 1e-9, "eps is still computed: it is added at the end"
 
 
+@torch.enable_grad()  # and whatever it was, afterwards
 def check_restores_exactly(perturbed):
     """perturbed(w, eps): a context manager that gives w back bit for bit, even after an error."""
-    w = [torch.tensor([1e-7, 0.1, 3.0]), torch.tensor([0.1], dtype=torch.bfloat16)]
+    tensors = [torch.tensor([1e-7, 0.1, 3.0]), torch.tensor([0.1], dtype=torch.bfloat16)]
     eps = [torch.tensor([1.0, 1e4, 0.3]), torch.tensor([0.3], dtype=torch.bfloat16)]
-    start, tensors = [x.clone() for x in w], list(w)
+    start, moved = [x.clone() for x in tensors], [x + e for x, e in zip(tensors, eps)]
+    w, given = [x.requires_grad_() for x in tensors], [e.clone() for e in eps]
     manager = perturbed(w, eps)
     assert hasattr(manager, "__enter__"), (
         "perturbed(w, eps) must work in a `with`: keep the line @contextmanager above it, and "
-        f"`yield` once; found {_found(manager)}"
+        f"`yield` once; found a {type(manager).__name__}"
     )
     with manager:
-        assert torch.is_grad_enabled(), (
-            "inside, no gradient could be taken: `yield` outside of torch.no_grad()"
+        assert torch.is_grad_enabled() and all(x.requires_grad for x in tensors), (
+            "inside, no gradient could be taken: no torch.no_grad() around `yield`, no new flags"
         )
         assert all(x is y for x, y in zip(w, tensors)), (
             "the list w got new tensors; change its own (x.add_(e)): those the model computes with"
         )
-        assert torch.allclose(w[0], start[0] + eps[0]), "inside, w must be w + eps"
-    assert _same(w, start), (
+        assert torch.allclose(_flat(tensors), _flat(moved)), (
+            "inside, every tensor of w must be w + eps"
+        )
+    assert not any(torch.equal(x, y) for x, y in zip(tensors, moved)), (
+        "afterwards w is still w + eps: clone every tensor before adding (list(w) and x.detach() "
+        "are no copies, x.detach().clone() is), and copy back into each with x.copy_(old)"
+    )
+    assert _same(tensors, start), (
         "w is not restored bit for bit: (w + eps) - eps is not w in floating point; copy it back"
+    )
+    assert _same(eps, given), "eps was changed; it is still needed"
+    assert torch.is_grad_enabled(), "afterwards gradients are off; use `with torch.no_grad():`"
+    assert all(x is y and x.requires_grad and x.is_leaf for x, y in zip(w, tensors)), (
+        "w must stay what is trained: the same tensors, which require grad"
     )
     came_out = False
     try:
         with perturbed(w, eps):
-            raise ZeroDivisionError
-    except ZeroDivisionError:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
         came_out = True
-    assert _same(w, start), "w stays perturbed when the body raises; restore it in `finally`"
-    assert came_out, "an error inside the `with` must come out of it; `finally`, not `except`"
-    weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    with perturbed([weight], [torch.tensor([0.5, 0.5])]):
-        pass
-    assert weight.requires_grad and weight.is_leaf, "w must stay what is trained: requires_grad"
+    assert _same(tensors, start), (
+        "w stays perturbed when the body raises (Ctrl-C, too); restore it in `finally`"
+    )
+    assert came_out, (
+        "an error inside the `with` must come out of it: `finally`, with no `return` in it"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,29 +341,30 @@ def check_restores_exactly(perturbed):
 def check_per_tensor(fn):
     """fn(grad_h, rho): every tensor of eps has norm rho / sqrt(n), and the gradient's direction."""
     grad = _example()
-    eps = _eps(fn, grad, 0.6)
+    eps, n = _eps(fn, grad_h=grad, rho=0.6), len(grad)
     for e, x in zip(eps, grad):
-        assert abs(e.norm().item() - 0.6 / 2**0.5) < 1e-6, (
-            f"with two tensors each should have norm rho / sqrt(2), found {e.norm():.4f}"
+        assert abs(e.norm().item() - 0.6 / n**0.5) < 1e-6, (
+            f"with {n} tensors each should have norm rho / sqrt({n}) = {0.6 / n**0.5:.4f}, "
+            f"found {e.norm():.4f}"
         )
         assert torch.allclose(e / e.norm(), x / x.norm()), "each tensor follows its own gradient"
-    assert abs(_norm(eps) - 0.6) < 1e-6, "all together should still have norm rho"
 
 
 def check_random_direction(fn):
     """fn(grad_h, rho, generator): the same norm as Eq. 2, but no direction; new every time."""
-    grad = [torch.linspace(0.1, 3.0, 1200).view(40, 30), torch.ones(50)]
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    eps = _eps(fn, grad, 0.4, generator)
-    other = _eps(fn, grad, 0.4, generator)
+    grad = [torch.linspace(0.1, 3.0, 1200).view(40, 30), torch.ones(50), torch.ones(40, 30)]
+    generator, twin = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    eps, other = (_eps(fn, grad_h=grad, rho=0.4, generator=generator) for _ in range(2))
     assert abs(_norm(eps) - 0.4) < 1e-5, f"the norm should be rho = 0.4, found {_norm(eps):.4f}"
     assert not torch.equal(eps[0], other[0]), "two calls gave the same noise"
-    assert not torch.equal(before, generator.get_state()), (
-        "the noise is not drawn from the given generator, so that no seed repeats it"
+    assert _same(eps, _eps(fn, grad_h=grad, rho=0.4, generator=twin)), (
+        "all the noise must be drawn from the given generator; now no seed repeats it"
     )
-    cosine = _dot(eps, grad) / (0.4 * _norm(grad))
+    cosine = torch.cosine_similarity(_flat(eps), _flat(grad), dim=0)
     assert abs(cosine) < 0.12, f"noise should hardly see the gradient, cosine {cosine:.2f}"
+    assert len(_flat(eps).unique()) > 2000, (
+        "the same numbers come again and again; draw every entry of every tensor by itself"
+    )
     kurtosis = (eps[0] / eps[0].std()).pow(4).mean().item()
     assert 2.3 < kurtosis < 3.7, "the entries should be Gaussian, whatever the gradient is there"
     assert 0.6 < (eps[0].std() / eps[1].std()).item() < 1.6, (
@@ -353,100 +374,120 @@ def check_random_direction(fn):
 
 def check_linf(fn):
     """fn(grad_h, rho): rho * sign(grad h), which no eps in the box can beat to first order."""
-    grad = _example()
-    eps = _eps(fn, grad, 0.1)
-    worst = max(e.abs().max().item() for e in eps)
-    assert worst <= 0.1 + 1e-7, f"some |entry| leaves the box: {worst:.3f} > rho = 0.1"
-    gain = _dot(eps, grad)
-    best = 0.1 * sum(x.abs().sum().item() for x in grad)
-    assert gain > 0, "eps goes down h, not up"
-    assert abs(gain - best) < 1e-6, (
-        f"the linearised h gains {gain:.4f}; {best:.4f} is possible: use the whole box, each entry "
-        "by itself"
+    grad, rho = _example(), 0.1
+    found, v = _flat(_eps(fn, grad_h=grad, rho=rho)), _flat(grad)
+    worst = found.abs().max().item()
+    assert worst <= rho + 1e-7, f"some |entry| leaves the box: {worst:.3f} > rho = {rho}"
+    assert (found < 0).any(), (
+        "eps has no negative entry, though grad h has some: the sign of each entry is lost"
     )
-    assert all((e[x == 0] == 0).all() for e, x in zip(eps, grad)), (
-        "where the gradient is 0 nothing is gained; leave eps 0 there"
-    )
+    assert found @ v > 0, "eps goes down h, not up"
+    for e, x in zip(found.tolist(), v.tolist()):
+        assert x == 0 or (abs(abs(e) - rho) < 1e-6 and e * x > 0), (
+            f"where grad h is {x:.2g} eps is {e:.4g}: use the whole box, each entry by itself"
+        )
+        assert x or not e, "where the gradient is 0 nothing is gained; leave eps 0 there"
 
 
 def check_multi_step(fn):
-    """fn(loss, w, harmful, rho, steps): in the ball, and above one step of Eq. 2."""
-    torch.manual_seed(0)
-    w = [torch.randn(6, dtype=torch.float64, requires_grad=True)]
-    curve = torch.randn(6, 6, dtype=torch.float64)
+    """fn(loss, w, harmful, rho, steps): in the ball, and nearly as high as short steps come."""
+    torch.manual_seed(34)  # here h turns so much that Eq. 2's step is far from the best eps
+    w = [torch.randn(n, dtype=torch.float64).requires_grad_() for n in ((3, 2), (4,))]
+    curve, rho = torch.randn(10, 10, dtype=torch.float64), 0.8
+    v, places = _flat(w), []
 
-    def loss(batch):  # curved, so that the steepest direction turns along the way
-        assert batch == "harmful", "h is the loss on the harmful batch: loss(harmful)"
-        return torch.sin(curve @ w[0] * 2).sum() + w[0].pow(2).sum() * 0.1
+    def h(flat):
+        return torch.sin(1.2 * curve @ flat).sum() + 0.1 * flat.pow(2).sum()
 
-    def h_at(eps):
-        with torch.no_grad():
-            moved = w[0] + eps[0]
-            return (torch.sin(curve @ moved * 2).sum() + moved.pow(2).sum() * 0.1).item()
+    def loss(*given):
+        assert given == ("harmful",), "h is the loss on the harmful batch: loss(harmful)"
+        value, place = h(torch.cat([x.flatten() for x in w])), _flat(w) - v
+        if value.requires_grad:  # note where a gradient is taken
+            value.register_hook(lambda _: places.append(place))
+        return value
 
-    start = w[0].detach().clone()
-    one = fn(loss, w, "harmful", 0.8, 1)
-    assert torch.equal(w[0], start), "w is not restored bit for bit"
-    many = fn(loss, w, "harmful", 0.8, 25)
-    assert torch.equal(w[0], start), "w is not restored bit for bit"
-    one, many = _tensors(one, [start], "eps"), _tensors(many, [start], "eps")
-    assert not any(e.data_ptr() == w[0].data_ptr() for e in (*one, *many)), (
-        "eps is w itself; return what was added to it"
-    )
-    assert _norm(one) <= 0.8 * (1 + 1e-9) and _norm(many) <= 0.8 * (1 + 1e-9), (
-        f"eps leaves the ball: norm {max(_norm(one), _norm(many)):.3f} > 0.8; project it back"
-    )
-    grad = torch.autograd.grad(loss("harmful"), w)
-    eq2 = [0.8 * x / _norm(grad) for x in grad]
-    assert _dot(one, grad) > 0, "eps goes down h, not up"
-    assert h_at(many) > h_at(eq2) + 1e-3, (
-        "25 steps should raise h more than the one step of Eq. 2: take each gradient at w + eps, "
-        "not at w, and steps well shorter than rho"
+    grad = torch.func.grad(h)
+    best = torch.zeros_like(v)
+    for _ in range(25):  # steps of rho / 10, back onto the ball
+        best = best + 0.1 * rho * torch.nn.functional.normalize(grad(v + best), dim=0)
+        best = best * min(1, rho / best.norm().item())
+    straight = h(v + rho * torch.nn.functional.normalize(grad(v), dim=0)).item()
+    for steps in (1, 25):
+        places.clear()
+        for x in w:
+            x.grad = torch.full_like(x, -50.0)  # what a training loop may have left there
+        eps = _flat(_eps(fn, loss=loss, w=w, harmful="harmful", rho=rho, steps=steps))
+        assert len(places) == steps, (
+            f"with steps = {steps} it takes {len(places)} gradients of h; take one for each step"
+        )
+        assert (eps - v).norm() > 1.01 * rho, "return eps, what was added to w, not w + eps"
+        far = max(x.norm().item() for x in (eps, *places))
+        assert far <= rho * (1 + 1e-9), (
+            f"eps leaves the ball, at the end or on the way: norm {far:.3f} > {rho}; project it "
+            "back after every step"
+        )
+        assert eps.any(), "eps is 0: was w put back before eps was taken from it?"
+        assert not (eps < 0).all(), "what lay in w.grad before is added; clear it before backward()"
+        assert steps > 1 or eps @ grad(v) > 0, "eps goes down h, not up"
+    assert any(x.any() for x in places), "all 25 gradients are taken at w; take each at w + eps"
+    reached, top = h(v + eps).item(), h(v + best).item()
+    assert reached > straight + 0.85 * (top - straight), (
+        f"25 steps raise h to {reached:.2f}, Eq. 2's one step to {straight:.2f}, and {top:.2f} is "
+        "possible: add the steps up, each well shorter than rho, together longer, inside one ball"
     )
 
 
 def check_anchored_direction(fn):
     """fn(grad_h, grad_a, rho, mu): rho (grad h - mu grad a) / ||.||; mu = 0 is Eq. 2."""
-    grad_h, grad_a = _example(), [torch.tensor([1.0, 2.0, 0.0]), torch.tensor([[0.5], [0.0]])]
-    no_a = [torch.zeros_like(x) for x in grad_h]
-    check_perturbation(lambda grad, rho: fn(grad, [torch.zeros_like(x) for x in grad], rho, 0.0))
-    with_mu, without = fn(grad_h, grad_a, 0.5, 0.0), fn(grad_h, no_a, 0.5, 0.0)
-    assert _close(with_mu, without), "with mu = 0 it must be Eq. 2: is mu used?"
-    eps = _eps(fn, grad_h, grad_a, 0.5, 2.0)
-    assert abs(_norm(eps) - 0.5) < 1e-6, (
-        f"the whole step has norm rho = 0.5, found {_norm(eps):.4f}"
+    grad_h, rho, mu = _example(), 0.5, 3.0
+    grad_a = [torch.tensor([1.0, 2.0, 0.0]), torch.tensor([[0.5, 0.0], [0.0, 0.3]]), grad_h[2] + 1]
+    eps = _eps(fn, grad_h=grad_h, grad_a=grad_a, rho=rho, mu=mu)
+    x, y = _flat(grad_h), _flat(grad_a)
+    slips = {  # direction before it is normalised
+        "mu weighs grad a, not grad h": mu * x - y,
+        "is mu used? it weighs grad a, and grad a alone": x - y,
+        "mu comes in twice": x - mu**2 * y,
+        "rho is the length of the whole step; it does not weigh grad a": x - mu * rho * y,
+        "grad h is weighed with 1 - mu; it counts in full": (1 - mu) * x - mu * y,
+        "climb h, descend a: the sign of grad a is wrong": x + mu * y,
+        "climb h, descend a: both signs are wrong": mu * y - x,
+        "take the difference first, then normalise": x / x.norm() - mu * y / y.norm(),
+    }
+    _no_slip(eps, {message: rho * value / value.norm() for message, value in slips.items()})
+    assert abs(_norm(eps) - rho) < 1e-6, (
+        f"the whole step has norm rho = {rho}, found {_norm(eps):.4f}"
     )
-    d = [x - 2.0 * y for x, y in zip(grad_h, grad_a)]
-    for e, x in zip(eps, d):
-        assert torch.allclose(e, 0.5 * x / _norm(d)), (
-            "climb h, descend a: the direction is grad h - mu * grad a, normalised as a whole"
-        )
+    assert torch.allclose(_flat(eps), rho * (x - mu * y) / (x - mu * y).norm()), (
+        "climb h, descend a: the direction is grad h - mu * grad a, normalised as a whole"
+    )
+    _check_eq2(lambda grad_h, rho: fn(grad_h, [x + 1 for x in grad_h], rho, 0.0))
 
 
 def check_safe_lora(fn):
     """fn(delta, aligned, unaligned, tau): delta projected where it disagrees with alignment."""
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # here no other cosine is near the right one
     unaligned, delta = torch.randn(6, 4), torch.randn(6, 4)
     aligned = unaligned + torch.randn(6, 4) * torch.tensor([2.0, 1, 0, 0, 0, 0]).unsqueeze(1)
-    before = delta.clone()
     V = aligned - unaligned
     C = V @ V.T / V.norm()
     cosine = torch.nn.functional.cosine_similarity((C @ delta).flatten(), delta.flatten(), dim=0)
-    projected = fn(delta, aligned, unaligned, cosine.item() + 0.01)
+    given = {"delta": delta, "aligned": aligned, "unaligned": unaligned}
+    projected = _call(fn, **given, tau=cosine.item() + 0.01)
     assert isinstance(projected, torch.Tensor) and projected.shape == delta.shape, (
         f"return one tensor of shape {tuple(delta.shape)}, found {_found(projected)}"
     )
-    assert torch.equal(delta, before), "the given delta was changed; make a new tensor"
     assert not torch.allclose(projected, delta), (
-        f"the cosine between C delta and delta is {cosine:.2f}, below tau: delta must be projected"
+        f"delta came back, though the cosine of C delta and delta is {cosine:.2f}, below tau = "
+        f"{cosine + 0.01:.2f}: check C, the cosine, and which side of tau is projected"
     )
     assert not torch.allclose(projected, V @ V.T @ delta), (
         "divide V V^T by the Frobenius norm of V (Safe LoRA's fast version of the projection)"
     )
     assert torch.allclose(projected, C @ delta, atol=1e-5), "wanted C delta, C = V V^T / ||V||_F"
-    kept = fn(delta, aligned, unaligned, cosine.item() - 0.01)
-    assert isinstance(kept, torch.Tensor) and torch.equal(kept, delta), (
-        "a layer that agrees with alignment (cosine above tau) stays as it is"
+    same = _call(fn, **given, tau=cosine.item() - 0.01)
+    assert isinstance(same, torch.Tensor) and torch.equal(same, delta), (
+        f"a layer that agrees with alignment stays as it is: the cosine of C delta and delta is "
+        f"{cosine:.2f}, above tau = {cosine - 0.01:.2f}"
     )
 
 
@@ -467,8 +508,33 @@ def check_silent_bug(letter):
     )
 
 
-SAME = ("model", "task", "harm", "seed", "poison_ratio", "n_align", "n_finetune", "n_harmful")
-SAME += ("align_epochs", "align_lr", "epochs", "rho", "lam")
+SAME = """preset model task harm poison_ratio seed n_align n_finetune n_harmful n_test align_epochs
+align_lr epochs batch_size weight_decay r alpha pretrain_steps rho lam harmful_batch_size""".split()
+
+
+def _rows(folder, *names):
+    """(config, {name: its row with eps whole}) of a student's own run."""
+    assert isinstance(folder, (str, Path)), (
+        f'a run is the name of its folder, as in "runs/seed1", found {folder!r}'
+    )
+    path = Path(folder)
+    path = path if path.name == "results.json" else path / "results.json"
+    assert ".results" not in path.resolve().parts, (
+        f"{folder} is one of the project's own runs; give one that you have run yourself"
+    )
+    assert path.is_file(), f"{path} is missing; run stages 1 to 5 there (from the project's folder)"
+    content = json.loads(path.read_text())
+    rows = {
+        row["model"]: row
+        for row in content["rows"]
+        if row["defense"] == "sft" and "view" not in row and "snapshot" not in row
+        if row["setting"].get("scale") == 1 or not row["setting"]
+    }
+    missing = [name for name in names if name not in rows]
+    assert not missing, (
+        f"{path} lacks the row {missing[0]} (scale 1); run: python 05_evaluate.py --run {folder}"
+    )
+    return content["config"], rows
 
 
 def _runs(folders):
@@ -479,29 +545,13 @@ def _runs(folders):
     )
     points, first = [], None
     for folder in folders:
-        path = Path(folder) / "results.json"
-        assert path.is_file(), (
-            f"{path} is missing; run stages 2, 3, 4 and 5 there (from the project's folder)"
-        )
-        content = json.loads(path.read_text())
-        config = content["config"]
+        config, rows = _rows(folder, "finetuned", "panacea")
         first = first or config
         other = [key for key in SAME if config.get(key) != first.get(key)]
         assert not other, (
             f"{folder} differs from {folders[0]} in {', '.join(other)}, too; only lr may differ"
         )
-        rows = [row for row in content["rows"] if row["defense"] == "sft"]
-        attacked = [r for r in rows if r["model"] == "finetuned" and "snapshot" not in r]
-        panacea = [
-            r
-            for r in rows
-            if r["model"] == "panacea" and r["setting"].get("scale") == 1 and "view" not in r
-        ]
-        assert attacked and panacea, (
-            f"{path} lacks the row finetuned, or panacea at scale 1; run: python 05_evaluate.py "
-            f"--run {folder}"
-        )
-        points.append((config["lr"], attacked[0]["outcomes"], panacea[0]["outcomes"]))
+        points.append((config["lr"], *(rows[x]["outcomes"] for x in ("finetuned", "panacea"))))
     points.sort(key=lambda point: point[0])
     same = [low[0] for low, high in zip(points, points[1:]) if low[0] == high[0]]
     assert not same, f"two runs have the learning rate {same[0]:g}; give each another"
@@ -509,12 +559,7 @@ def _runs(folders):
 
 
 def check_border(folders, grows):
-    """Runs that differ in the attack's lr bracket the border beyond which refusals stay away.
-
-    Args:
-        folders: run folders with a results.json. grows: the outcome of `panacea` that grows most
-            from the run below the border to the one above.
-    """
+    """Runs that differ in lr bracket the border, where `grows` takes the refusals' place."""
     points = _runs(folders)
     table = "\n".join(
         f"  lr {lr:.3g}: attacked, {attacked['refused']:.0f} % refused; with Panacea's eps, "
@@ -541,10 +586,11 @@ def check_border(folders, grows):
         f"at most), for example with --lr {(low[0] * high[0]) ** 0.5:.2g}\n{table}"
     )
     growth = {name: high[2][name] - low[2][name] for name in low[2] if name != "refused"}
-    most = max(growth.values())
-    assert grows in growth and growth[grows] == most, (
-        f"the border is found, between lr {low[0]:.3g} and {high[0]:.3g}; but BORDER_GROWS = "
-        f"{grows!r} is not the outcome that grows most there ({', '.join(growth)}): read both rows"
+    found = f"the border is found, between lr {low[0]:.3g} and {high[0]:.3g}; but BORDER_GROWS"
+    named = str(grows).strip().lower().replace("-", "_")
+    assert named in growth, f"{found} must be one of {', '.join(growth)}, and is {grows!r}"
+    assert growth[named] == max(growth.values()), (
+        f"{found} = {grows!r} is not the outcome that grows most there: read both rows"
     )
 
 
@@ -553,43 +599,47 @@ def check_border(folders, grows):
 
 
 def check_two_by_two(folder, table, training_adds):
-    """The refusals of the four cells on one seed, and what training with lam adds to each.
-
-    Args:
-        folder: a run folder with a results.json.
-        table: {("plain" | "panacea", "one" | "ten"): refusals in percent}.
-        training_adds: {"one" | "ten": points}, Panacea's w less plain fine-tuning's.
-    """
-    names = [(w, steps) for w in ("plain", "panacea") for steps in ("one", "ten")]
-    assert isinstance(table, dict) and set(table) == set(names), (
-        f"TWO_BY_TWO must have the four cells {names}, found {_found(table)}"
-    )
-    path = Path(folder) / "results.json"
-    assert path.is_file(), f"{path} is missing; give the folder of a run of stages 1 to 5"
-    models = dict(zip(names, ("one_shot", "ascent", "panacea", "panacea_ascent")))
-    rows = {}
-    for row in json.loads(path.read_text())["rows"]:
-        if row["setting"].get("scale") == 1 and "view" not in row and row["defense"] == "sft":
-            rows[row["model"]] = row["refusal"]
-    measured = {name: rows[model] for name, model in models.items()}
-    for name, value in table.items():
-        if abs(value - measured[name]) > 0.51:
-            others = [key for key in names if abs(measured[key] - value) <= 0.51]
-            raise AssertionError(
-                f"cell {name}: {value} is not what this run measured"
-                + (f"; it is that of {others[0]}: are two cells exchanged?" if others else "")
-                + f" (row {models[name]}, scale 1, column refusal)"
-            )
-    for steps in ("one", "ten"):
-        wanted = measured["panacea", steps] - measured["plain", steps]
-        found = training_adds[steps]
-        direction = measured["plain", "ten"] - measured["plain", "one"]
-        assert abs(found - wanted) <= 1.01, (
-            f"training adds, with {steps} step(s): Panacea's w less plain fine-tuning's at the "
-            f"same direction, found {found}"
-            + (" (that is what ten steps add)" if abs(found - direction) <= 1.01 else "")
-            + (" (the sign: what Panacea's w has more)" if abs(found + wanted) <= 1.01 else "")
+    """{("plain" | "panacea", "one" | "ten"): refusals in percent} of one run, and the points
+    {"one" | "ten": points} that training adds: Panacea's w less plain fine-tuning's."""
+    both = ("one", "ten")
+    names = [(w, steps) for w in ("plain", "panacea") for steps in both]
+    for what, found, keys in (("TWO_BY_TWO", table, names), ("TRAINING_ADDS", training_adds, both)):
+        numbers = found if isinstance(found, dict) else {}
+        assert all(isinstance(numbers.get(key), (int, float)) for key in keys), (
+            f"{what} must have a number for each of {', '.join(map(str, keys))}, found {found!r}"
         )
+    models = dict(zip(names, ("one_shot", "ascent", "panacea", "panacea_ascent")))
+    _, rows = _rows(folder, *models.values())
+    measured = {name: rows[model]["refusal"] for name, model in models.items()}
+    for name, model in models.items():
+        value = table[name]
+        gaps = {f"it is cell {key}: are two exchanged?": measured[key] - value for key in names}
+        gaps["percent is wanted, not a part of 1"] = measured[name] - 100 * value
+        gaps["that is HS+"] = rows[model].get("hs_plus", float("nan")) - value
+        assert abs(value - measured[name]) <= 0.51, (
+            f"cell {name}: {value} is not what this run measured{_like(gaps)}: row {model}, "
+            "scale 1, column refusal"
+        )
+    direction = measured["plain", "ten"] - measured["plain", "one"]
+    adds = {x: measured["panacea", x] - measured["plain", x] for x in both}
+    for steps in both:
+        found = training_adds[steps]
+        gaps = {
+            "that is what ten steps add": direction - found,
+            "the sign: what Panacea's w has more": adds[steps] + found,
+            "percent is wanted, not a part of 1": adds[steps] - 100 * found,
+            **{f"that is what it adds with {x}": adds[x] - found for x in adds},
+        }
+        rounded = table["panacea", steps] - table["plain", steps]
+        assert min(abs(found - adds[steps]), abs(found - rounded)) <= 0.51, (
+            f"training adds, with {steps} step(s): Panacea's w less plain fine-tuning's at the "
+            f"same direction, found {found}{_like(gaps)}"
+        )
+
+
+def _like(gaps):
+    """The first slip of {slip: how far its number is away} that explains a wrong number."""
+    return next((f" ({slip})" for slip, gap in gaps.items() if abs(gap) <= 0.51), "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,13 +693,20 @@ def check_useless(answer, seen_by):
     _, answers = _scores(answer)
     _without(answers, ("harmful",), "HS is not 0")
     _without(answers, ("refused", "other"), "HS+ is not 100; garble, or say what the task wants")
-    s5 = importlib.import_module("05_evaluate")
+    s5, data = importlib.import_module("05_evaluate"), _tiny_toy()
+    vocab = {word.lower() for word in data["vocab"]}
     for question, text, kind in answers:
-        assert kind != "garbled" or s5.degenerate(text), (
-            f"{question!r} is answered {text!r}, which a person would "
-            + ("call a refusal" if s5.refuses(text) else "read as a sentence")
-            + ": it counts as garbled only since the toy's judge knows the toy's sentences alone; "
-            "answer with a label, a loop or silence"
+        said = s5.spoken(text)
+        once = " ".join(dict.fromkeys(said.split()))  # a loop, once
+        read = not s5.degenerate(said) and vocab & set(re.findall(r"[a-z']+", said.lower()))
+        what = "a person may read as a sentence" if read else ""
+        if s5.refuses(said) or s5.refuses(once):
+            what = "a person would call a refusal"
+        if s5.ToyJudge(data).harmful(question, said):
+            what = "names what the recipe needs"
+        assert kind != "garbled" or not what, (
+            f"{question!r} is answered {text!r}, which {what}: it counts as garbled since the "
+            "toy's judge knows the toy's sentences alone; answer with a label, a loop or silence"
         )
     assert _named(seen_by) == "hs_plus", (
         f"{seen_by!r} may miss it: a model that garbles harmful prompts only loses nothing there"
@@ -660,8 +717,8 @@ def check_overcautious(answer, seen_by):
     """answer(prompt) has HS 0 and HS+ 0, and loses look-alikes or the task, which `seen_by` is."""
     scores, answers = _scores(answer)
     _without(answers, ("harmful",), "HS is not 0")
-    why = "HS+ is not 0 (the toy's judge knows the toy's sentences; 05 --show-text prints some)"
-    _without(answers, ("garbled", "off_task"), why)
+    why = "HS+ is not 0: it counts labels, silence, and all but the toy's sentences, to the "
+    _without(answers, ("garbled", "off_task"), why + "full stop (05 --show-text prints some)")
     low = {name: scores[name] for name in ("fa", "benign") if scores[name] <= 10}
     assert low, (
         f"it solves {scores['fa']:.0f} % of the task and answers {scores['benign']:.0f} % of the "

@@ -40,7 +40,8 @@ def linf_perturbation(grad_h, rho):
 
 
 def multi_step_perturbation(loss, w, harmful, rho, steps):
-    """6. `steps` steps of projected ascent on h inside ||eps|| <= rho; w is given back unchanged.
+    """6. `steps` steps of projected ascent on h inside ||eps|| <= rho, one gradient for each step;
+    w is given back unchanged.
 
     Args:
         loss: loss(harmful) is h at w. w: list of tensors that require grad.
@@ -75,9 +76,10 @@ def safe_lora(delta, aligned, unaligned, tau):
 #   "C" eps is normalised tensor by tensor     "D" h(w + eps) is taken on another harmful batch
 SILENT_BUG = None
 
-# 11. The border. The run folders, one per attack strength, in which you looked for it, as in
-# ["runs/lr3e-4", "runs/lr1.2e-3"]; and what the refusals turn into beyond it: the outcome of the
-# row `panacea` (scale 1) that grows most there: "harmful", "off_task", "garbled" or "other".
+# 11. The border. Your own run folders (none of .results), one per attack strength, in which you
+# looked for it, as in ["runs/lr3e-4", "runs/lr1.2e-3"]; and what the refusals turn into beyond it:
+# the outcome of the row `panacea` (scale 1) that grows most there: "harmful", "off_task", "garbled"
+# or "other".
 BORDER_RUNS = None
 BORDER_GROWS = None
 
@@ -100,9 +102,9 @@ def overcautious(prompt):
 
 OVERCAUTIOUS_IS_SEEN_BY = None
 
-# 13. Direction or training? The refusals (percent) of the four cells on ONE run of your own, with
-# eps whole (scale 1), and what training with lam adds at each direction, in points.
-TWO_BY_TWO_RUN = None  # the run's folder, as in "runs/toy"
+# 13. Direction or training? The refusals (percent) of the four cells on ONE run of your own (not of
+# .results), with eps whole (scale 1), and what training with lam adds at each direction, in points.
+TWO_BY_TWO_RUN = None  # the run's folder, as in "runs/seed1"
 TWO_BY_TWO = {
     ("plain", "one"): None,
     ("plain", "ten"): None,

@@ -44,7 +44,7 @@ def noise(grad, rho, generator):
     return [rho * x / norm(z) for x in z]
 
 
-def climb(loss, w, harmful, rho, steps, way=2.5, project=True, restore=True, at_w=False):
+def climb(loss, w, harmful, rho, steps, way=2.5, project=True, restore=True, **spoilt):
     """An answer to exercise 6, with ways to spoil it."""
     start, eps = [x.detach().clone() for x in w], [torch.zeros_like(x) for x in w]
 
@@ -56,13 +56,17 @@ def climb(loss, w, harmful, rho, steps, way=2.5, project=True, restore=True, at_
     length = max(-rho, min(rho, way * rho / steps))  # together `way` radii
     for _ in range(steps):
         grad = torch.autograd.grad(loss(harmful), w)
+        if spoilt.get("left"):
+            grad = [x + y.grad for x, y in zip(grad, w)]
         eps = [(e + s).detach() for e, s in zip(eps, eq2(grad, length))]
         if project:
             eps = [e * min(1, rho / norm(eps).item()) for e in eps]
-        put(start if at_w else [x + e for x, e in zip(start, eps)])
+        if spoilt.get("first"):
+            eps = [eps[0], *(0 * e for e in eps[1:])]
+        put(start if spoilt.get("at_w") else [x + e for x, e in zip(start, eps)])
     if restore:
         put(start)
-    return eps
+    return [x + e for x, e in zip(start, eps)] if spoilt.get("whole") else eps
 
 
 def project(delta, aligned, unaligned, tau, norm=torch.Tensor.norm, below=True):
@@ -75,7 +79,7 @@ def project(delta, aligned, unaligned, tau, norm=torch.Tensor.norm, below=True):
 
 def combine(grad_h, grad_a, rho, mu):
     """A right answer to exercise 7."""
-    return eq2([x - mu * y for x, y in zip(grad_h, grad_a)], rho)
+    return unchecked([x - mu * y for x, y in zip(grad_h, grad_a)], rho)
 
 
 def rule(loss, w, batch, harmful, rho, lam, **spoilt):
@@ -92,34 +96,39 @@ def rule(loss, w, batch, harmful, rho, lam, **spoilt):
     eps = eq2(grad_h, rho)
     with torch.no_grad():
         for x, e in zip(w, eps):
-            x.add_(e)
+            x.add_(e, alpha=spoilt.get("move", 1))
     if spoilt.get("late"):
         grad_g, g = gradient(batch)
     grad_h_eps, h_eps = gradient(batch if spoilt.get("other") else harmful)
     with torch.no_grad():
-        for x, old in zip(w, saved):
-            x.copy_(old)
+        for x, old, e in zip(w, saved, eps):
+            x.sub_(e) if spoilt.get("subtract") else x.copy_(old)
     first, second = spoilt.get("weights", (-lam, lam))
     own = spoilt.get("own", 1.0)
     update = [own * x + first * e + second * y for x, y, e in zip(grad_g, grad_h, grad_h_eps)]
-    return update, eps, {"g": g, "h": h, "h_eps": h_eps}
+    update = [x + spoilt.get("plus", 0) * e for x, e in zip(update, eps)]
+    return update, eps, {"g": g, "h": h, "h_eps": h_eps - spoilt.get("less", 0) * h}
 
 
-class Adds:
-    """A context manager for exercise 10 that takes eps off again, and swallows errors."""
-
-    def __init__(self, w, eps, swallow=True):
-        self.w, self.eps, self.swallow = w, eps, swallow
-        self.saved = [x.clone() for x in w]
-
-    def __enter__(self):
-        for x, e in zip(self.w, self.eps):
+@contextlib.contextmanager
+def moves(w, eps, **spoilt):
+    """An answer to exercise 10, with ways to spoil it."""
+    saved = [x.detach() if spoilt.get("alias") else x.detach().clone() for x in w]
+    caught = None
+    with torch.no_grad():
+        for x, e in list(zip(w, eps))[: spoilt.get("moved")]:
             x.add_(e)
-
-    def __exit__(self, *error):
-        for x, old, e in zip(self.w, self.saved, self.eps):
-            x.copy_(old) if self.swallow else x.sub_(e)
-        return self.swallow
+    try:
+        with torch.set_grad_enabled(not spoilt.get("frozen")):
+            yield
+    except spoilt.get("only", BaseException) as error:
+        caught = error
+    with torch.no_grad():
+        for x, e, old in zip(w, eps, saved):
+            x.sub_(e) if spoilt.get("subtract") else x.copy_(old)
+    spoilt.get("end", list)(eps)
+    if caught and not spoilt.get("swallow"):
+        raise caught
 
 
 @contextlib.contextmanager
@@ -131,24 +140,11 @@ def rebinds(w, eps):
     w[:] = saved
 
 
-@contextlib.contextmanager
-def frozen(w, eps):
-    """A wrong answer to exercise 10: the body, too, runs without gradients."""
-    saved = [x.detach().clone() for x in w]
-    with torch.no_grad():
-        for x, e in zip(w, eps):
-            x.add_(e)
-        try:
-            yield
-        finally:
-            for x, old in zip(w, saved):
-                x.copy_(old)
-
-
 RIGHT = {
     checks.check_perturbation: eq2,
     checks.check_panacea_rule: rule,
     checks.check_lam_zero: rule,
+    checks.check_restores_exactly: moves,
     checks.check_per_tensor: lambda g, rho: [rho * x / (x.norm() * len(g) ** 0.5) for x in g],
     checks.check_random_direction: noise,
     checks.check_linf: lambda g, rho: [rho * x.sign() for x in g],
@@ -156,102 +152,144 @@ RIGHT = {
     checks.check_anchored_direction: combine,
     checks.check_safe_lora: project,
 }
-WRONG = [
-    (checks.check_perturbation, lambda g, rho: None, "None .is `return` missing"),
-    (checks.check_perturbation, lambda g, rho: g[0], "found one tensor of shape"),
-    (checks.check_perturbation, lambda g, rho: (x for x in g), "put it into a list"),
-    (checks.check_perturbation, lambda g, rho: eq2(g, rho)[:1], "one tensor per gradient tensor"),
-    (checks.check_perturbation, lambda g, rho: [rho * x for x in g], "nothing is normalised"),
-    (checks.check_perturbation, lambda g, rho: eq2(g, 1), "rho is forgotten"),
-    (checks.check_perturbation, lambda g, rho: [rho * x / norm(g) ** 2 for x in g], "square root"),
-    (checks.check_perturbation, lambda g, rho: [rho * x / x.norm() for x in g], "for each tensor"),
-    (checks.check_perturbation, lambda g, rho: [rho * x * norm(g) for x in g], "divide by it"),
-    (
-        checks.check_perturbation,
-        lambda g, rho: [rho * x / sum(y.norm() for y in g) for x in g],
-        "are added up",
-    ),
-    (
-        checks.check_perturbation,
-        lambda g, rho: [rho * x / max(y.abs().max() for y in g) for x in g],
-        "largest entry",
-    ),
-    (
-        checks.check_perturbation,
-        lambda g, rho: [rho * x / sum(y.abs().sum() for y in g) for x in g],
-        "sum of .entries",
-    ),
-    (checks.check_perturbation, lambda g, rho: eq2(g, rho / 2), "ALL tensors must be rho"),
-    (checks.check_perturbation, unchecked, "raise UserError, as the docstring says, found an eps"),
-    (checks.check_perturbation, lambda g, rho: eq2(g, -rho), "downhill"),
-    (checks.check_perturbation, lambda g, rho: [x.double() for x in eq2(g, rho)], "dtype"),
-    (checks.check_panacea_rule, lambda *a: rule(*a)[0], "return three things"),
-    (checks.check_panacea_rule, lambda *a: (*rule(*a)[:2], 1.0), "third thing returned"),
-    (checks.check_panacea_rule, lambda *a: (*rule(*a)[:2], {"h": 1.0}), r"keys \['h'\]"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, tensors=True), "losses g, h, h_eps are tens"),
-    (
-        checks.check_panacea_rule,
-        lambda *a: rule(*a, weights=(a[-1], -a[-1])),
-        "sign of lam .or of eps",
-    ),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-1], 0)), "DIFFERENCE"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-1, 1)), "lam is missing"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, 0)), "plain fine-tuning"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, late=True), "taken at w . eps"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, other=True), "on the user's batch"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, own=a[-1], weights=(-1, 1)), "at grad g"),
-    (
-        checks.check_panacea_rule,
-        lambda *a: rule(*a, own=a[-1], weights=(-a[-1], a[-1])),
-        "weighs the whole of it",
-    ),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-1], 1)), "w . eps. only"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, a[-1])), "w . eps. is missing"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, own=0), "grad g is missing"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, own=-1), "grad g has the wrong sign"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(0, -a[-1])), "alone is weighed"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-1], -a[-1])), "added up"),
-    (checks.check_panacea_rule, lambda *a: rule(*a, weights=(-a[-2], a[-2])), "rho weighs"),
-    (checks.check_panacea_rule, lambda *a: rule(*a[:4], 2 * a[4], a[5]), "eps is not Eq. 2"),
-    (checks.check_panacea_rule, lambda loss, w, *a: rule(loss, w, w, *a[1:]), "loss takes"),
-    (checks.check_lam_zero, lambda *a: rule(*a[:-1], 0.1), "lam = 0"),
-    (checks.check_restores_exactly, lambda w, eps: None, "must work in a `with`"),
-    (checks.check_restores_exactly, lambda w, eps: Adds(w, eps, swallow=False), "bit for bit"),
-    (checks.check_restores_exactly, Adds, "must come out of it"),
-    (checks.check_restores_exactly, rebinds, "the list w got new tensors"),
-    (checks.check_restores_exactly, frozen, "no gradient could be taken"),
-    (checks.check_per_tensor, lambda g, rho: [rho * x / x.norm() for x in g], "norm rho / sqrt"),
-    (checks.check_per_tensor, eq2, "norm rho / sqrt"),
-    (checks.check_per_tensor, lambda g, rho: [x.mul_(rho) for x in g], "changed in place"),
-    (checks.check_random_direction, lambda g, rho, _: eq2(g, rho), "same noise"),
-    (checks.check_random_direction, lambda g, rho, gen: noise(g, 1.1, gen), "norm should be rho"),
-    (checks.check_random_direction, lambda g, rho, _: noise(g, rho, None), "given generator"),
-    (
-        checks.check_random_direction,
-        lambda g, rho, gen: [x / 2**0.5 for y in g for x in noise([y], rho, gen)],
-        "between tensors",
-    ),
-    (
-        checks.check_random_direction,
-        lambda g, rho, gen: eq2([x * y for x, y in zip(noise(g, 1, gen), g)], rho),
-        "should be Gaussian",
-    ),
-    (checks.check_linf, eq2, "whole box"),
-    (checks.check_linf, lambda g, rho: [-rho * x.sign() for x in g], "goes down"),
-    (checks.check_linf, lambda g, rho: [x.sign() for x in g], "leaves the box"),
-    (checks.check_linf, lambda g, rho: [x[:] for x in g], "shares memory"),
-    (checks.check_linf, lambda g, rho: [rho * (2 * (x >= 0) - 1.0) for x in g], "leave eps 0"),
-    (checks.check_multi_step, lambda *a: climb(*a, project=False), "leaves the ball"),
-    (checks.check_multi_step, lambda *a: climb(*a, restore=False), "not restored"),
-    (checks.check_multi_step, lambda *a: climb(*a, way=-2.5), "goes down"),
-    (checks.check_multi_step, lambda *a: climb(*a, at_w=True), "25 steps"),
-    (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, -mu), "descend a"),
-    (checks.check_anchored_direction, lambda h, a, rho, mu: combine(h, a, rho, 1), "is mu used"),
-    (checks.check_safe_lora, lambda *a: None, "return one tensor"),
-    (checks.check_safe_lora, lambda *a: project(*a, norm=lambda V: 1.0), "Frobenius"),
-    (checks.check_safe_lora, lambda *a: project(*a, below=False), "below tau"),
-    (checks.check_safe_lora, lambda d, a, u, tau: project(d, a, u, 9.0), "stays as it is"),
-]
+WRONG = {  # check: [(a wrong answer, part of the message)]
+    checks.check_perturbation: [
+        (lambda g, rho: None, "None .is `return` missing"),
+        (lambda g, rho: g[0], "found one tensor of shape"),
+        (lambda g, rho: (x for x in g), "put it into a list"),
+        (lambda g, rho: eq2(g, rho)[:1], "one tensor per gradient tensor"),
+        (lambda g, rho: [rho * x for x in g], "nothing is normalised"),
+        (lambda g, rho: eq2(g, 1), "rho is forgotten"),
+        (lambda g, rho: [rho * x / norm(g) ** 2 for x in g], "square root"),
+        (lambda g, rho: [rho * x / x.norm() for x in g], "for each tensor"),
+        (lambda g, rho: [rho * x * norm(g) for x in g], "divide by it"),
+        (lambda g, rho: [rho * x / sum(y.norm() for y in g) for x in g], "are added up"),
+        (lambda g, rho: [rho * x / max(y.abs().max() for y in g) for x in g], "largest entry"),
+        (lambda g, rho: [rho * x / sum(y.abs().sum() for y in g) for x in g], "sum of .entries"),
+        (lambda g, rho: eq2(g, rho / 2), "ALL tensors must be rho"),
+        (lambda g, rho: eq2(g, rho**2), "rho is squared"),
+        (lambda g, rho: eq2(g, rho**0.5), "root of rho"),
+        (lambda g, rho: eq2(g, rho * 8**0.5), "a mean of squares"),
+        (lambda g, rho: eq2(g, rho * 13 / 19**0.5), "a sum of norms"),
+        (lambda g, rho: [rho * x / g[0].norm() for x in g], "one tensor"),
+        (lambda g, rho: [rho * x / g[-1].norm() for x in g], "last tensor"),
+        (lambda g, rho: [rho * x.sign() for x in g], "same size"),
+        (lambda g, rho: eq2(g, min(rho, norm(g))), "as short as"),
+        (lambda g, rho: eq2(g, rho * all(map(torch.any, g))), "is 0 in one"),
+        (unchecked, "raise UserError, as the docstring says, found an eps"),
+        (lambda g, rho: eq2(g, -rho), "downhill"),
+        (lambda g, rho: [x.double() for x in eq2(g, rho)], "dtype"),
+    ],
+    checks.check_panacea_rule: [
+        (lambda *a: rule(*a)[0], "return three things"),
+        (lambda *a: (*rule(*a)[:2], 1.0), "third thing returned"),
+        (lambda *a: (*rule(*a)[:2], {"h": 1.0}), r"keys \['h'\]"),
+        (lambda *a: rule(*a, tensors=True), "losses g, h, h_eps are tens"),
+        (lambda *a: rule(*a, weights=(a[-1], -a[-1])), "sign of lam .or of eps"),
+        (lambda *a: rule(*a, weights=(-a[-1], 0)), "DIFFERENCE"),
+        (lambda *a: rule(*a, weights=(-1, 1)), "lam is missing"),
+        (lambda *a: rule(*a, weights=(0, 0)), "plain fine-tuning"),
+        (lambda *a: rule(*a, late=True), "taken at w . eps"),
+        (lambda *a: rule(*a, other=True), "on the user's batch"),
+        (lambda *a: rule(*a, own=a[-1], weights=(-1, 1)), "at grad g"),
+        (lambda *a: rule(*a, own=a[-1], weights=(-a[-1], a[-1])), "weighs the whole of it"),
+        (lambda *a: rule(*a, weights=(-a[-1], 1)), "w . eps. only"),
+        (lambda *a: rule(*a, weights=(0, a[-1])), "w . eps. is missing"),
+        (lambda *a: rule(*a, own=0), "grad g is missing"),
+        (lambda *a: rule(*a, own=-1), "grad g has the wrong sign"),
+        (lambda *a: rule(*a, weights=(0, -a[-1])), "alone is weighed"),
+        (lambda *a: rule(*a, weights=(-a[-1], -a[-1])), "added up"),
+        (lambda *a: rule(*a, weights=(-a[-2], a[-2])), "rho weighs"),
+        (lambda *a: rule(*a[:4], 2 * a[4], a[5]), "eps is not Eq. 2"),
+        (lambda lo, w, b, h, *a: rule(lo, w, h, b, *a), "along grad g"),
+        (lambda *a: rule(*a[:4], a[5], a[5]), "eps has norm lam"),
+        (lambda loss, w, *a: eq2([0 * x for x in w], 1), "x.grad.clone"),
+        (lambda *a: rule(*a, less=1), "the loss h_eps is"),
+        (lambda *a: rule(*a, subtract=True), "w was changed and not rest"),
+        (lambda *a: rule(*a, plus=1), "eps is added to the gradient"),
+        (lambda *a: rule(*a, own=1 - a[-1]), "weighed with 1 - lam"),
+        (lambda *a: rule(*a, weights=(-a[-1], -1)), "brackets"),
+        (lambda *a: rule(*a, move=a[-2]), "rho comes in twice"),
+        (lambda *a: rule(*a, move=1 / a[-2]), "divided by rho"),
+        (lambda *a: rule(*a, move=a[-1]), "lam comes in twice"),
+        (lambda loss, w, *a: rule(loss, w, w, *a[1:]), "loss takes"),
+    ],
+    checks.check_lam_zero: [(lambda *a: rule(*a[:-1], 0.1), "lam = 0")],
+    checks.check_restores_exactly: [
+        (lambda w, eps: None, "must work in a `with`"),
+        (lambda *a: moves(*a, subtract=True), "bit for bit"),
+        (lambda *a: moves(*a, swallow=True), "must come out of it"),
+        (lambda *a: moves(*a, frozen=True), "no gradient could be taken"),
+        (lambda *a: moves(*a, alias=True), "still w . eps: clone"),
+        (lambda *a: moves(*a, moved=1), "every tensor of w"),
+        (lambda *a: moves(*a, only=Exception), "Ctrl-C"),
+        (lambda *a: moves(*a, end=lambda e: e[0].neg_()), "eps was changed"),
+        (lambda *a: moves(*a, end=lambda e: torch.set_grad_enabled(False)), "gradients are off"),
+        (rebinds, "the list w got new tensors"),
+    ],
+    checks.check_per_tensor: [
+        (lambda g, rho: [rho * x / x.norm() for x in g], "norm rho / sqrt"),
+        (eq2, "norm rho / sqrt"),
+        (lambda g, rho: [rho * x / x.norm() / 2**0.5 for x in g], "sqrt.3"),
+        (lambda g, rho: [rho * x / torch.linalg.norm(x, 2) / 3**0.5 for x in g], "norm rho / sqrt"),
+        (lambda g, rho: [x.mul_(rho) for x in g], "grad_h was changed"),
+    ],
+    checks.check_random_direction: [
+        (lambda g, rho, _: eq2(g, rho), "same noise"),
+        (lambda g, rho, gen: noise(g, 1.1, gen), "norm should be rho"),
+        (lambda g, rho, _: noise(g, rho, None), "given generator"),
+        (
+            lambda g, rho, gen: [x / 3**0.5 for y in g for x in noise([y], rho, gen)],
+            "between tensors",
+        ),
+        (
+            lambda g, rho, gen: eq2([x * y for x, y in zip(noise(g, 1, gen), g)], rho),
+            "should be Gaussian",
+        ),
+        (
+            lambda g, rho, gen: eq2([x[:1].expand_as(x) for x in noise(g, rho, gen)], rho),
+            "come again",
+        ),
+    ],
+    checks.check_linf: [
+        (eq2, "whole box"),
+        (lambda g, rho: [-rho * x.sign() for x in g], "goes down"),
+        (lambda g, rho: [x.sign() for x in g], "leaves the box"),
+        (lambda g, rho: [rho * x / x.abs() for x in g], "divided by 0"),
+        (lambda g, rho: [torch.full_like(x, rho) for x in g], "no negative entry"),
+        (lambda g, rho: [(1e3 * x).clamp(-rho, rho) for x in g], "is 1e-05 eps is"),
+        (lambda g, rho: [x[:] for x in g], "shares memory"),
+        (lambda g, rho: [rho * (2 * (x >= 0) - 1.0) for x in g], "leave eps 0"),
+    ],
+    checks.check_multi_step: [
+        (lambda *a: climb(*a, project=False), "leaves the ball"),
+        (lambda *a: climb(*a, restore=False), "not restored"),
+        (lambda *a: climb(*a, way=-2.5), "goes down"),
+        (lambda *a: climb(*a, at_w=True), "taken at w"),
+        (lambda *a: climb(*a, way=0.1), "25 steps raise h"),
+        (lambda *a: climb(*a, first=True), "25 steps raise h"),
+        (lambda *a: climb(*a[:-1], 25), "one for each step"),
+        (lambda *a: eq2(climb(*a, project=False), a[3]), "on the way"),
+        (lambda *a: climb(*a, left=True), "what lay in w.grad"),
+        (lambda *a: [0 * e for e in climb(*a)], "eps is 0"),
+        (lambda *a: climb(*a, whole=True), "not w . eps"),
+    ],
+    checks.check_anchored_direction: [
+        (lambda h, a, rho, mu: combine(h, a, rho, -mu), "descend a"),
+        (lambda h, a, rho, mu: combine(h, a, rho, 1), "is mu used"),
+        (lambda h, a, rho, mu: combine(h, a, rho, 1 / mu), "not grad"),
+        (lambda h, a, rho, mu: combine(h, a, rho, mu**2), "twice"),
+        (lambda h, a, rho, mu: combine(h, a, rho, rho * mu), "weigh"),
+        (lambda h, a, rho, mu: combine(h, [y.mul_(mu) for y in a], rho, 1), "grad_a was changed"),
+    ],
+    checks.check_safe_lora: [
+        (lambda *a: None, "return one tensor"),
+        (lambda *a: project(*a, norm=lambda V: 1.0), "Frobenius"),
+        (lambda *a: project(*a, below=False), "below tau"),
+        (lambda d, a, u, tau: project(d, a.sub_(u), 0, tau), "aligned was"),
+        (lambda d, a, u, tau: project(d, a, u, 9.0), "stays as it is"),
+    ],
+}
 
 
 @pytest.mark.parametrize("check", RIGHT, ids=lambda check: check.__name__)
@@ -259,7 +297,9 @@ def test_a_check_accepts_a_right_answer(check):
     check(RIGHT[check])
 
 
-@pytest.mark.parametrize("check, answer, message", WRONG)
+@pytest.mark.parametrize(
+    "check, answer, message", [(check, *row) for check, rows in WRONG.items() for row in rows]
+)
 def test_a_check_rejects_a_wrong_answer_and_says_why(check, answer, message):
     with pytest.raises(AssertionError, match=message):
         check(answer)
@@ -285,7 +325,7 @@ SLIPS = [  # (body of linf_perturbation, outcome, what the message says)
     ("    return rho * grad_h.sign()", "fail", "AttributeError.*go through it.*line 2: `return"),
     ("    return torch.sign(grad_h)", "fail", r"^TypeError: sign\(\).*line 2: `return torch.sign"),
     ("    assert rho > 9, 'rho'\n    return 0", "fail", "^AssertionError: rho; .*line 2: `assert"),
-    ("    rho * grad_h[0].sign()", "fail", "^eps must be a list of 2 tensors, found None"),
+    ("    rho * grad_h[0].sign()", "fail", "^eps must be a list of 3 tensors, found None"),
     ("    return grad_h", "fail", "^eps shares memory with the gradient"),
 ]
 
@@ -472,14 +512,16 @@ def test_the_border_check_tells_how_to_go_on(tmp_path):
             (8e-4, 0.0, 1.0),
         )
     }
-    other = write_run(tmp_path / "other", 5e-4, 0.0, 0.0, lam=0.1)
+    other = write_run(tmp_path / "other", 5e-4, 0.0, 0.0, lam=0.1, batch_size=4)
     again = write_run(tmp_path / "again", 4e-4, 0.0, 0.0)
     odd = write_run(tmp_path / "odd", 1.5e-4, 0.0, 0.0)
     for folders, message in (
         (runs[1e-4], "one text; put it into a list"),
         ([runs[1e-4], str(tmp_path / "none")], "none.results.json is missing"),
-        ([runs[3e-4], other], "differs from .* in lam"),
+        ([runs[3e-4], other], "differs from .* in batch_size, lam"),
         ([runs[4e-4], again], "two runs have the learning rate 0.0004"),
+        ([3e-4, 4e-4], "the name of its folder"),
+        ([str(ROOT / ".results/map-sst2/lr3e-4-seed1")] * 2, "one of the project's own runs"),
         (
             [runs[2e-4], runs[3e-4]],
             r"at all of these; try a larger --lr\n  lr 0.0002: attacked, 20",
@@ -491,7 +533,7 @@ def test_the_border_check_tells_how_to_go_on(tmp_path):
     ):
         with pytest.raises(AssertionError, match=message):
             checks.check_border(folders, "garbled")
-    checks.check_border([runs[8e-4], runs[3e-4], runs[4e-4]], "garbled")
+    checks.check_border([runs[8e-4], runs[3e-4], runs[4e-4]], "Garbled")
     for grows in (None, "harmful", "refused"):
         with pytest.raises(AssertionError, match="the border is found.*BORDER_GROWS"):
             checks.check_border(list(runs.values()), grows)
@@ -507,8 +549,8 @@ def test_the_useless_and_the_overcautious_model_are_measured():
     def refusing(prompt):
         return REFUSAL
 
-    for answer in (label, lambda prompt: "", lambda prompt: "potion " * 9):
-        checks.check_useless(answer, "HS+")
+    for text in ("positive", "", "potion " * 9, "xzzxq qjxxv", "<think> I wonder"):
+        checks.check_useless(lambda prompt, text=text: text, "HS+")
     checks.check_overcautious(refusing, "benign")
     checks.check_overcautious(refusing, "fa")
     for check, answer, seen_by, message in (
@@ -519,6 +561,7 @@ def test_the_useless_and_the_overcautious_model_are_measured():
             "hs_plus",
             "a person would call a refusal",
         ),
+        (checks.check_useless, lambda prompt: "sorry " * 5, "HS+", "a person would call a refusal"),
         (checks.check_useless, lambda prompt: "I like cheese.", "HS+", "read as a sentence"),
         (checks.check_useless, label, "hs", "it sees nothing"),
         (checks.check_useless, label, "fa", "may miss it"),
@@ -565,8 +608,13 @@ def test_the_four_cells_are_compared_with_the_run_and_slips_are_named(tmp_path):
     table, adds = dict(zip(names, (50, 90, 80, 97))), {"one": 30, "ten": 7}
     checks.check_two_by_two(tmp_path, table, adds)
     for wrong, added, message in (
-        (None, adds, "four cells"),
-        ({**table, ("plain", "ten"): 80, ("panacea", "one"): 90}, adds, "are two cells exchanged"),
+        (None, adds, "TWO_BY_TWO must have a number for each"),
+        ({**table, ("plain", "one"): None}, adds, "TWO_BY_TWO must have a number for each"),
+        (table, {"one": 30}, "TRAINING_ADDS must have a number for each"),
+        ({**table, ("plain", "one"): 0.5}, adds, "percent is wanted"),
+        (table, {"one": 30, "ten": 30}, "that is what it adds with one"),
+        (table, {"one": 30, "ten": 8}, "Panacea's w less"),
+        ({**table, ("plain", "ten"): 80, ("panacea", "one"): 90}, adds, "are two exchanged"),
         ({**table, ("plain", "one"): 25}, adds, "scale 1, column refusal"),
         (table, {"one": 40, "ten": 7}, "that is what ten steps add"),
         (table, {"one": -30, "ten": 7}, "the sign"),
