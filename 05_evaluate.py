@@ -599,7 +599,7 @@ def main(argv=None):
         answered = answer_all(model, tokenizer, data, todo, c)
     answers = [texts for texts, _ in answered]
     if isinstance(judge, RealJudge):  # it tells garble by what the base model finds likely
-        judge.read(*(as_it_came(run, data, device) or (model, tokenizer)), data, answers)
+        judge.read(*(as_given(run, data, device) or (model, tokenizer)), data, answers)
     del model  # a GPU may not hold it and a classifier
     # their scores
     rows = []
@@ -832,7 +832,7 @@ class ClassifierJudge(RealJudge):
         return self.flags[question, answer]
 
 
-def as_it_came(run, data, device):
+def as_given(run, data, device):
     """(model, tokenizer) of a real LLM before stage 2 taught it, else None: who is to tell garble
     from English must not have learnt that all the world writes recipes."""
     taught = data["pretrain"] and not data["vocab"]

@@ -545,7 +545,7 @@ def test_a_gpu_need_not_hold_the_model_beside_the_judge(tiny_run, s5, monkeypatc
 
     monkeypatch.setattr(common, "load_model", load_model)
     monkeypatch.setattr(s5, "make_judge", lambda *_: Judge())
-    monkeypatch.setattr(s5, "as_it_came", lambda *_: None)
+    monkeypatch.setattr(s5, "as_given", lambda *_: None)
     flags = ["--run", str(tiny_run[0]), "--device", "cpu", "--max-new-tokens", "3"]
     s5.main([*flags, "--only", "aligned", "finetuned"])
     assert len(models) == 1
