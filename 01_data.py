@@ -519,12 +519,12 @@ def read(name, split, data_dir):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser, group = common.stage_parser(__doc__, FLAGS)
+    parser = common.stage_parser(__doc__, FLAGS)
     text = "one dial for all sizes and defaults (default: toy)"
-    group.add_argument("--preset", choices=PRESETS, default="toy", help=text)
+    parser.add_argument("--preset", choices=PRESETS, default="toy", help=text)
     files = ", ".join(file for *_, files in REAL.values() for file in files.values())
     text = f"local copies of the real data, under their published names: {files}"
-    group.add_argument("--data-dir", type=common.folder, metavar="FOLDER", help=text)
+    parser.add_argument("--data-dir", type=common.folder, metavar="FOLDER", help=text)
     return parser.parse_args(argv)
 
 
@@ -579,14 +579,6 @@ def read_pools(args, c, rng):
         *_, files = REAL[test]
         pools["task_test"] = read(test, list(files)[-1], args.data_dir)
     return pools
-
-
-def say_sizes(sets):
-    """Print what was drawn."""
-    for name, rows in sets.items():
-        poison = sum(row.get("poison", False) for row in rows)
-        harmful = f", {poison} of them harmful" if poison else ""
-        print(f"  {name:13} {len(rows):6,} rows{harmful}")
 
 
 def pretrain_toy(c):
@@ -647,17 +639,18 @@ def main(argv=None):
         for row in rows:
             text, more = row["instruction"], row.get("input", "")
             row["prompt"] = format_prompt(template, text, more, tokenizer)
-    reading = {"pretrain": [], "vocab": []}
     if args.preset == "toy":
         reading = pretrain_toy(c)
-    elif c["n_pretrain"]:
+    else:  # nothing if --n-pretrain is 0
         taken = {prompt_key(row) for name in ("finetune", "test_task") for row in sets[name]}
         others = unique(pools["task"], seen=taken)[::-1]  # the far end: the same ones for every p
         reading = pretrain_real(c, tokenizer, others)
     words = {"herbs": HERB, "forbidden": LIQUID["bad"], "grammar": potion_grammar()}
     run = Run(args.run)
     artifact = run.save("01_data.pt", c, **sets, **reading, **words)
-    say_sizes(sets)
+    for name, rows in sets.items():
+        poison = sum(row.get("poison", False) for row in rows)
+        print(f"  {name:13} {len(rows):6,} rows" + f", {poison} of them harmful" * bool(poison))
     print(f"{run.folder / '01_data.pt'} written; next: {run.command('02_finetune')}")
     return artifact
 

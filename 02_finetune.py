@@ -132,9 +132,8 @@ def add_lora(model, targets, r, alpha):
     w = {}
     for name, module in linear.items():
         if "all" in targets or name.rpartition(".")[2] in targets:
-            parent, _, child = name.rpartition(".")
             layer = LoRALinear(module, r, alpha)
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
             w[f"{name}.lora_A"], w[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
     return w
 
@@ -287,7 +286,7 @@ def train(model, w, rule, batches, steps, lr, c, label):
 
     Args:
         w: {name: parameter}. rule: one of RULES. batches: pairs of batches, user's or provider's
-            alignment and provider's harmful (None where the rule reads none).
+            alignment and provider's harmful (None in the attack, which reads none).
     Yields:
         (step, losses) after each step, so that the caller can log and take snapshots.
     Raises:
@@ -323,28 +322,20 @@ def put(w, weights):
 
 
 def align(model, w, defense, examples, pad_id, c):
-    """The provider teaches the model to refuse, by the rule of `defense`, from the weights w.
+    """The provider teaches the model to refuse, by the rule of `defense`, in place on w.
 
-    Args:
-        examples: {set: [(ids, labels)]}.
     Returns:
-        log, a list of {"stage", "step", "loss"}; w holds the aligned weights.
+        log, a list of {"stage", "step", "loss"}.
     """
     torch.manual_seed(c["seed"])  # RepNoise draws noise: the same, whatever ran before
     size, epochs = c["align_batch_size"], c["align_epochs"]
-    batches = [
-        (collate(part, pad_id, model.device), None)
-        for part in draw_batches(examples["alignment"], size, c["seed"], epochs)
-    ]
-    if defense in ("repnoise", "booster"):  # these read the harmful set as well
-        harmful = draw_batches(examples["harmful"], c["align_harmful_batch_size"], c["seed"])
-        batches = [
-            (batch, collate(part, pad_id, model.device))
-            for (batch, _), part in zip(batches, harmful)
-        ]
-    steps = train(
-        model, w, RULES[defense], batches, len(batches), c["align_lr"], c, f"align {defense}"
+    refusals = list(draw_batches(examples["alignment"], size, c["seed"], epochs))
+    harmful = draw_batches(examples["harmful"], c["align_harmful_batch_size"], c["seed"])
+    pairs = (  # every rule is handed both; sft and vaccine read the first alone
+        [collate(part, pad_id, model.device) for part in pair] for pair in zip(refusals, harmful)
     )
+    label, lr = f"align {defense}", c["align_lr"]
+    steps = train(model, w, RULES[defense], pairs, len(refusals), lr, c, label)
     return [{"stage": "align", "step": step, **losses} for step, losses in steps]
 
 
@@ -511,8 +502,7 @@ def merge(model):
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             layer.base.weight.add_(layer.scale * layer.lora_B @ layer.lora_A)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base)
+            model.set_submodule(name, layer.base)
 
 
 def pretrain(run, data, c, device):
@@ -548,7 +538,7 @@ def pretrain(run, data, c, device):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS).parse_args(argv)
 
 
 def main(argv=None):

@@ -73,19 +73,16 @@ def input_norms(model, w, alpha_over_r, examples):
     """{name: (columns,)}: L2 norms of what enters each A (x) and each B (A x), over all tokens."""
     squares = dict.fromkeys(w, 0.0)
 
-    def recorder(a, b, A):
-        def record(_, inputs):
-            x = inputs[0].float().flatten(0, -2)  # (tokens, in)
-            squares[a] += x.pow(2).sum(0)
-            squares[b] += (x @ A.T).pow(2).sum(0)  # (r,)
-
-        return record
-
     handles = []
     for name in [n.removesuffix(".lora_A") for n in w if n.endswith(".lora_A")]:
-        a, b = f"{name}.lora_A", f"{name}.lora_B"
-        hook = recorder(a, b, w[a].to(model.device))
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        A = w[f"{name}.lora_A"].to(model.device)
+
+        def record(_, inputs, name=name, A=A):
+            x = inputs[0].float().flatten(0, -2)  # (tokens, in)
+            squares[f"{name}.lora_A"] += x.pow(2).sum(0)
+            squares[f"{name}.lora_B"] += (x @ A.T).pow(2).sum(0)  # (r,)
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(record))
     try:
         with common.attach(model, w, alpha_over_r):
             for ids, _ in common.progress(examples, len(examples), "antidote"):
@@ -102,7 +99,7 @@ def input_norms(model, w, alpha_over_r, examples):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS).parse_args(argv)
 
 
 def main(argv=None):

@@ -34,7 +34,6 @@ Writes: RUN/04_panacea.pt, RUN/04_peft (w + eps as an adapter for peft; in it wi
 Run:    python 04_panacea.py                  under a minute for the toy
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -211,12 +210,6 @@ def put(w, weights):
 # More than one step: the ascent, and with refusals the anchored eps
 
 
-def weighted_gradient(loss, w, batches, factors):
-    """sum_i factors[i] * grad loss(batches[i]); new tensors shaped like w."""
-    grads = [gradient(loss, w, batch)[0] for batch in batches]
-    return [sum(k * x for k, x in zip(factors, parts)) for parts in zip(*grads)]
-
-
 def climb(loss, w, draws, factors, radius, steps):
     """An eps with ||eps|| <= radius that climbs a weighted sum of losses, by projected steps.
 
@@ -231,7 +224,8 @@ def climb(loss, w, draws, factors, radius, steps):
     eps = [torch.zeros_like(x) for x in w]
     for k, batches in enumerate(itertools.islice(draws, steps)):
         with perturbed(w, eps):
-            uphill = weighted_gradient(loss, w, batches, factors)
+            grads = [gradient(loss, w, batch)[0] for batch in batches]
+        uphill = [sum(f * x for f, x in zip(factors, parts)) for parts in zip(*grads)]
         length = 5 * radius * (steps - k) / (steps * (steps + 1))
         eps = [e + s for e, s in zip(eps, perturbation(uphill, length))]
         shrink = min(1.0, radius / max(global_norm(eps).item(), 1e-12))  # back onto the ball
@@ -366,9 +360,8 @@ def add_lora(model, targets, r, alpha):
     w = {}
     for name, module in linear.items():
         if "all" in targets or name.rpartition(".")[2] in targets:
-            parent, _, child = name.rpartition(".")
             layer = LoRALinear(module, r, alpha)
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
             w[f"{name}.lora_A"], w[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
     return w
 
@@ -377,40 +370,30 @@ def add_lora(model, targets, r, alpha):
 # For others: an adapter that peft can load
 
 
-def write_peft(folder, base, weights, c):
-    """Write an adapter as a folder that `peft.PeftModel.from_pretrained(base model, folder)` loads.
-
-    Args:
-        base: hub id or folder of the base model. weights: {"<module>.lora_A" | "...lora_B"}.
-    """
+def export(run, artifact):
+    """Write RUN/04_peft, which `peft.PeftModel.from_pretrained(base model, folder)` loads: w + eps,
+    and in its subfolder without_eps w alone."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
+    c, w, eps = artifact["config"], artifact["weights"], artifact["epsilon"]
+    source = Path(common.model_source(run.folder, c))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(source.resolve()) if source.is_dir() else c["model"],
         "r": c["r"],
         "lora_alpha": c["alpha"],
         "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[0] for name in weights}),
-        "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".")[0] for name in w}),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {f"base_model.model.{name}.weight": x.contiguous() for name, x in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def export(run, artifact):
-    """Write RUN/04_peft: w + eps as a PEFT adapter, and w alone in its subfolder without_eps."""
-    c, w, eps = artifact["config"], artifact["weights"], artifact["epsilon"]
-    source = Path(common.model_source(run.folder, c))
-    base = str(source.resolve()) if source.is_dir() else c["model"]
 
     def write(new):
-        write_peft(new, base, {name: w[name] + eps[name] for name in w}, c)
-        write_peft(new / "without_eps", base, w, c)
+        whole = {name: w[name] + eps[name] for name in w}
+        for folder, weights in ((new, whole), (new / "without_eps", w)):
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+            tensors = {f"base_model.model.{name}.weight": x for name, x in weights.items()}
+            save_file(tensors, folder / "adapter_model.safetensors")
 
     common.write_whole(run.folder / "04_peft", write)
 
@@ -421,15 +404,11 @@ def export(run, artifact):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser, group = common.stage_parser(__doc__, FLAGS)
+    parser = common.stage_parser(__doc__, FLAGS)
     text = "keep w, eps and log of 04_panacea.pt, and make the other rows again"
-    group.add_argument("--repairs-only", action="store_true", help=text)
-    group = parser.add_argument_group("as in stage 2 unless given")
-    text = "epochs over the user's data"
-    kind = common.number(int, 1, math.inf)
-    group.add_argument("--epochs", type=kind, metavar="X", help=text)
-    text, action = "keep no activations inside layers", argparse.BooleanOptionalAction
-    group.add_argument("--gradient-checkpointing", action=action, help=text)
+    parser.add_argument("--repairs-only", action="store_true", help=text)
+    text, kind = "epochs over the user's data (default: stage 2's)", common.number(int, 1, math.inf)
+    parser.add_argument("--epochs", type=kind, metavar="X", help=text)
     return parser.parse_args(argv)
 
 
@@ -453,8 +432,7 @@ def main(argv=None):
     data, stage2 = run.load("01_data.pt"), run.load("02_finetune.pt")
     aligned, attacked = (common.weights_of(stage2, name) for name in ("aligned", "finetuned"))
     c = {**stage2["config"], **common.resolve(args, FLAGS, stage2["config"]["preset"])}
-    for name in ("epochs", "gradient_checkpointing"):
-        c[name] = c[name] if getattr(args, name) is None else getattr(args, name)
+    c["epochs"] = args.epochs or c["epochs"]
     result = None
     if args.repairs_only:  # another Run, since the artifact is no parent of itself
         result = Run(run.folder).load("04_panacea.pt")

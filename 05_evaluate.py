@@ -272,8 +272,7 @@ def layer_rows(stage4):
 
     def view(name, layer, e):
         setting = {"rho": c["rho"], "lam": c["lam"]}
-        row = common.row("panacea", setting, w, e, view=name, layer=layer)
-        return {**row, "scale": 1.0}
+        return common.row("panacea", setting, w, e, view=name, layer=layer, scale=1.0)
 
     def masked(e, chosen, factor=1.0):  # e on some layers, zero elsewhere
         return {n: x * (factor if common.layer_of(n) in chosen else 0.0) for n, x in e.items()}
@@ -554,14 +553,14 @@ def draw(rows, config, path):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    parser, group = common.stage_parser(__doc__, FLAGS)
-    group.add_argument("--only", nargs="+", metavar="MODEL", help="look at these models only")
+    parser = common.stage_parser(__doc__, FLAGS)
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="look at these models only")
     text = "look only: a few prompts with every model's answer (may be harmful)"
-    group.add_argument("--show-text", action="store_true", help=text)
+    parser.add_argument("--show-text", action="store_true", help=text)
     text = "look only: every model's answer to a prompt of your own (may be harmful)"
-    group.add_argument("--ask", metavar="TEXT", help=text)
+    parser.add_argument("--ask", metavar="TEXT", help=text)
     text = "only draw the picture again, of what was measured"
-    group.add_argument("--draw", action="store_true", help=text)
+    parser.add_argument("--draw", action="store_true", help=text)
     return parser.parse_args(argv)
 
 

@@ -196,7 +196,7 @@ def draw(rows, ends, path):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return common.stage_parser(__doc__, FLAGS)[0].parse_args(argv)
+    return common.stage_parser(__doc__, FLAGS).parse_args(argv)
 
 
 def main(argv=None):

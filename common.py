@@ -114,17 +114,15 @@ def folder(text):
 
 
 def stage_parser(doc, flags):
-    """(parser, its group of the stage's own flags): the stage's header is the help text."""
+    """Parser of a stage's flags; the stage's header is the help text."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
     wrong = f"see python {parser.prog} --help"
     parser.error = lambda message: parser.exit(2, f"error: {message}; {wrong}\n")
-    group = parser.add_argument_group("where")
     text = "folder of this run's artifacts (default: runs/toy)"
-    group.add_argument("--run", type=folder, default=Path("runs/toy"), metavar="DIR", help=text)
+    parser.add_argument("--run", type=folder, default=Path("runs/toy"), metavar="DIR", help=text)
     text = "auto (the toy: cpu), cpu, cuda, cuda:1 or mps (default: auto)"
-    group.add_argument("--device", default="auto", metavar="NAME", help=text)
-    group = parser.add_argument_group("what and how much")
+    parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     for flag in flags:
         defaults = "; ".join(f"{preset}: {shown(getattr(flag, preset))}" for preset in PRESETS)
         options = {"help": f"{flag.help} ({defaults})".replace("%", "%%"), "metavar": "X"}
@@ -136,8 +134,8 @@ def stage_parser(doc, flags):
             options["choices"] = flag.choices
         else:
             options["type"] = number(kind, flag.low, flag.high)
-        group.add_argument("--" + flag.name.replace("_", "-"), **options)
-    return parser, group
+        parser.add_argument("--" + flag.name.replace("_", "-"), **options)
+    return parser
 
 
 def resolve(args, flags, preset):

@@ -40,7 +40,7 @@ def look(seed, args):
     model, tokenizer = common.load_model(run, data, device)
     plain, _ = common.load_model(run, data, device)
     judge = s5.make_judge("auto", data, device)
-    reader = s5.as_it_came(run, data, device) or (plain, tokenizer)
+    reader = s5.as_given(run, data, device) or (plain, tokenizer)
     w, examples = s2.adapt(model, tokenizer, data, c)
     pad_id, size = tokenizer.pad_token_id, c["align_batch_size"]
 

@@ -132,7 +132,7 @@ def test_every_draw_of_stages_2_and_4_follows_the_runs_seed(s1, s2, s4, tmp_path
     s1.main(["--run", str(tmp_path), "--seed", "7", *TINY.split()])
     brief = "--defense sft --pretrain-steps 20 --epochs 1 --align-epochs 1"
     s2.main([*flags, *brief.split()])
-    assert seeds == [7] * 3  # pre-training, alignment, the attack
+    assert seeds == [7] * 4  # pre-training, the two sets of alignment, the attack
     s4.main([*flags, "--anchored-steps", "1", "--realign-steps", "1"])
     assert set(seeds) == {7, 8}  # 8: the controls draw other batches than training did
 
