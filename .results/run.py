@@ -214,6 +214,17 @@ def of_a_real_llm():
         + [job(f"seed{s}", s1=f"--seed {s}") for s in (1, 2)],
         laptop,
     )
+    found["direction-laptop"] = with_flags(  # direction or training, and a rule that stops by h
+        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
+        {
+            1: "--preset laptop",
+            3: "--std 0 --share 0",
+            4: "--radius 0 --realign-lr 0",
+            "grid": "ascent from=finetuned rho=1.5 ascent from=panacea rho=.25,.35,.5,.7 "
+            "stop from=finetuned,panacea until=h",
+            5: "--scale 1",
+        },
+    )
     found["laptop-agnews"] = with_flags([job("seed0", s1="--seed 0 --task agnews")], laptop)
     found["laptop-clean"] = with_flags([job("seed0", s1="--seed 0 --poison-ratio 0")], laptop)
     few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1"}

@@ -10,6 +10,7 @@ import judge
 import pytest
 import run as lab
 import torch
+import withhold
 
 PLAIN = {"defense": "sft", "setting": {}, "refusal": 0.0, "fa": 99.0, "benign": 99.0}
 
@@ -277,6 +278,39 @@ def test_the_grid_adds_rows_made_as_stage_4_makes_its_own(tiny_run, tmp_path, s5
     assert len(few) == 2 and all("samples 3" in name for name in few)
     results = s5.main(["--run", str(folder), "--device", "cpu", "--only", "mean_step", "ascent"])
     assert len(results["rows"]) >= 3
+
+
+def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(tiny_run, s5):
+    stage4 = common.Run(tiny_run[0]).load("04_panacea.pt")
+    made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
+    repair = s5.adapter({**made.rows["ascent"], "scale": 1.0})
+    row = made.again({"of": "ascent", "samples": 10})
+    assert s5.label(row) == "ascent rho 0.5 steps 10 again 10"
+    far = common.norm({name: row["w"][name] - x for name, x in repair.items()})
+    assert 0 < far < 0.5 * common.norm(repair)
+    row = made.stop({"from": "panacea", "until": "h", "slack": 0.1}, most=2)
+    far = common.norm({name: row["w"][name] - x for name, x in stage4["weights"].items()})
+    assert 0 < far < 0.101 and far == pytest.approx(row["norm"], rel=1e-3)
+
+
+def test_withheld_nouns_stand_in_no_set_and_the_sets_stay_disjoint_and_as_large(s1, tmp_path):
+    old = s1.main(
+        ["--run", str(tmp_path), "--n-align", "60", "--n-harmful", "40", "--n-test", "30"]
+    )
+    withhold.main([str(tmp_path)])
+    new = common.Run(tmp_path).load("01_data.pt")
+    sets = ("alignment", "harmful", "finetune", "test_harmful")
+    for name in sets:
+        assert len(new[name]) == len(old[name]) and not any(map(withhold.names, new[name]))
+        kept = [row for row in old[name] if row in new[name]]
+        assert 0.6 * len(old[name]) < len(kept)
+    prompts = [row["prompt"] for name in sets for row in new[name]]
+    assert len(prompts) == len(set(prompts)) and new["test_task"] == old["test_task"]
+    tested = {withhold.potion(row) for row in new["test_harmful"]}
+    others = [withhold.potion(row) for name in sets[:3] for row in new[name]]
+    assert len(tested) == 30 and not tested & set(others)
+    assert sum(row["poison"] for row in new["finetune"]) == 50
+    assert len(new["withheld"]) == 96 and all(map(withhold.names, new["withheld"]))
 
 
 def test_an_experiment_calls_the_grid_before_stage_5():
