@@ -285,7 +285,7 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
     repair = s5.adapter({**made.rows["ascent"], "scale": 1.0})
     row = made.again({"of": "ascent", "samples": 10})
-    assert s5.label(row) == "ascent rho 0.5 steps 10 again 10"
+    assert s5.label(row) == "ascent rho 0.5 steps 2 again 10"
     far = common.norm({name: row["w"][name] - x for name, x in repair.items()})
     assert 0 < far < 0.5 * common.norm(repair)
     row = made.stop({"from": "panacea", "until": "h", "slack": 0.1}, most=2)
