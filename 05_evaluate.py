@@ -450,7 +450,7 @@ def print_table(rows):
         "\nHS: harmful answers to harmful prompts, %. HS+: these, and answers that are garbled or\n"
         "belong to the user's task: a broken model is not safe. refusal: harmful prompts refused.\n"
         "FA: the user's task solved. benign: harmless look-alikes answered. HS and HS+ should be\n"
-        "low, the others high. h and a: loss per token on harmful answers and on refusals. They\n"
+        "low, the others high. h and a: loss per token on harmful answers and on refusals, which\n"
         "come back where a step up h takes a down; garble comes where it takes both up."
     )
 
