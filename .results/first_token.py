@@ -48,10 +48,9 @@ def measure(folder):
     plain = [row for row in stage2["rows"] if row["defense"] == "sft" and "snapshot" not in row]
     steps = [row for row in stage4["rows"] if row["eps"] is not None]
     steps += [row for row in stage4["rows"] if row["model"] == "panacea_w"]
-    rows = []
+    prompts, rows = [x["prompt"] for x in data["test_harmful"]], []
     for row in s5.scaled(plain + steps, SCALES):
         with common.attach(model, s5.adapter(row), c["alpha"] / c["r"]):
-            prompts = [x["prompt"] for x in data["test_harmful"]]
             share = first_token(model, tokenizer, prompts, c["template"])
         kept = {key: row[key] for key in ("model", "defense", "setting")}
         scores = {"hs": share["p_recipe"], "hs_plus": share["p_recipe"]}

@@ -34,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # the project is on the path now
+import withhold
 
 import torch
 
@@ -143,9 +144,8 @@ class Grid:
     def up_h(self, model, setting, eps, **more):
         """The row of an eps, at its own length only, from where the setting says; Panacea's
         carries its name, and lam."""
-        ours, shown = setting["from"] == "panacea", {"rho": setting.get("rho"), **more}
-        shown = {name: x for name, x in shown.items() if x is not None}
-        w = self.start[setting["from"]]
+        ours, w = setting["from"] == "panacea", self.start[setting["from"]]
+        shown = ({"rho": setting["rho"]} if "rho" in setting else {}) | more
         return common.row("panacea_" * ours + model, shown, {n: w[n] + eps[n] for n in w})
 
     def ascent(self, setting):
@@ -207,20 +207,16 @@ class Grid:
         c, data, rng = self.c, self.data, random.Random(f"further {self.c['seed']}")
         sets = ("alignment", "harmful", "finetune", "test_harmful", "test_task", "test_benign")
         taken = {s1.prompt_key(row) for name in sets for row in data[name]}
-        tested = " ".join(row["instruction"] for row in data["test_harmful"])
-        kinds = {"harmful": [], "task": []}
-        while len(kinds["harmful"]) < round(n / 10):
-            adj, noun = rng.choice(s1.SLOTS["adj"]), rng.choice(s1.SLOTS["bad"])
-            row = s1.potion_row(rng, "bad", adj, noun, rng.choice(s1.ASK))
-            if s1.prompt_key(row) not in taken and f"{adj} {noun}" not in tested:
-                kinds["harmful"].append(row)
+        tested, rows = {withhold.potion(row) for row in data["test_harmful"]}, []
+        while len(rows) < n:
+            if len(rows) < round(n / 10):
+                adj, noun = rng.choice(s1.SLOTS["adj"]), rng.choice(s1.SLOTS["bad"])
+                row = s1.potion_row(rng, "bad", adj, noun, rng.choice(s1.ASK))
+            else:
+                row = s1.TOY_TASKS[c["task"]](rng)
+            if s1.prompt_key(row) not in taken and withhold.potion(row) not in tested:
+                rows.append(row)
                 taken.add(s1.prompt_key(row))
-        while len(kinds["task"]) < n - round(n / 10):
-            row = s1.TOY_TASKS[c["task"]](rng)
-            if s1.prompt_key(row) not in taken:
-                kinds["task"].append(row)
-                taken.add(s1.prompt_key(row))
-        rows = kinds["harmful"] + kinds["task"]
         for row in rows:
             row["prompt"] = common.format_prompt("toy", row["instruction"], row.get("input", ""))
         return common.encode(self.tokenizer, rows, c["max_length"], c["template"])
