@@ -29,10 +29,10 @@ Reads:  nothing (or the hub, or --data-dir)      Writes: RUN/01_data.pt
 Run:    python 01_data.py                        under 5 seconds for the toy
 """
 
-import os
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import common  # the parts that are no lesson: flags, files, loading, prompts
 from common import PRESETS, TOY_MODELS, TOY_TOKEN, Flag, Run, UserError, format_prompt
@@ -524,7 +524,7 @@ def get_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="toy", help=text)
     files = ", ".join(file for *_, files in REAL.values() for file in files.values())
     text = f"local copies of the real data, under their published names: {files}"
-    parser.add_argument("--data-dir", type=common.folder, metavar="FOLDER", help=text)
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=text)
     return parser.parse_args(argv)
 
 
@@ -622,7 +622,6 @@ def main(argv=None):
     """Make the data sets and write RUN/01_data.pt; returns the artifact."""
     args = get_args(argv)
     c = {"preset": args.preset, **common.resolve(args, FLAGS, args.preset)}
-    c["model"] = os.path.expanduser(c["model"])
     if c["harm"] != "potions" and args.n_pretrain is None:
         c["n_pretrain"] = 0  # real harm is what the model knows anyway
     check(args, c)

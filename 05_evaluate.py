@@ -521,14 +521,11 @@ def print_answers(text, model, tokenizer, data, rows, c):
 
 
 def draw(rows, config, path):
-    """What becomes of harmful prompts, as stacked bars, and task accuracy beside it.
-
-    Returns whether there is matplotlib to draw with.
-    """
+    """What becomes of harmful prompts, as stacked bars, and task accuracy beside it."""
     rows = headline(rows)
     figure = common.new_figure(9, 1.6 + 0.28 * len(rows))
-    if figure is None:
-        return False
+    if figure is None:  # no matplotlib; stage 6 says so
+        return
     left, right = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     start = np.zeros(len(rows))
     colours = ("tab:red", "tab:blue", "gold", "tab:orange", "lightgrey")
@@ -544,7 +541,6 @@ def draw(rows, config, path):
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     common.write_whole(path, lambda new: figure.savefig(new, dpi=110))
     print(f"picture: {path}")
-    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -559,8 +555,6 @@ def get_args(argv=None):
     parser.add_argument("--show-text", action="store_true", help=text)
     text = "look only: every model's answer to a prompt of your own (may be harmful)"
     parser.add_argument("--ask", metavar="TEXT", help=text)
-    text = "only draw the picture again, of what was measured"
-    parser.add_argument("--draw", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
@@ -568,12 +562,6 @@ def main(argv=None):
     """Measure one run; writes RUN/05_evaluate.pt and returns it (or only looks)."""
     args = get_args(argv)
     run = Run(args.run)
-    picture = run.folder / "05_evaluate.png"
-    if args.draw:
-        results = run.load("05_evaluate.pt")
-        if not draw(results["rows"], results["config"], picture):
-            raise UserError("--draw needs matplotlib; run: pip install matplotlib")
-        return results
     look = bool(args.only or args.show_text or args.ask)
     start = run.load("02_finetune.pt")["config"]
     c = {**start, **common.resolve(args, FLAGS, start["preset"])}
@@ -620,7 +608,7 @@ def main(argv=None):
     if look:
         print("(only looked: nothing was written)")
         return {"rows": rows}
-    draw(rows, c, picture)
+    draw(rows, c, run.folder / "05_evaluate.png")
     print(f"{run.folder / 'results.json'} written; next: {run.command('06_layer_analysis')}")
     return artifact
 

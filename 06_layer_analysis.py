@@ -27,16 +27,10 @@ Run:    python 06_layer_analysis.py           seconds
 import math
 
 import common  # the parts that are no lesson: flags, files
-from common import Flag, Run, layer_of
+from common import Run, layer_of
 
 import numpy as np
 
-# fmt: off
-FLAGS = [  # name, default of toy, laptop, paper, meaning
-    Flag("last_part", 0.5, 0.5, 0.5, "part of the training steps, the last ones, whose eps are "
-         "averaged", low=0, high=1),
-]
-# fmt: on
 SIZES, VIEWS = ("norm", "per_weight", "relative"), ("only", "without", "one_norm", "random")
 SCORES = ("hs", "hs_plus", "refusal", "fa")
 
@@ -44,14 +38,11 @@ SCORES = ("hs", "hs_plus", "refusal", "fa")
 # Sizes
 
 
-def sizes(artifact, last_part):
-    """Per layer: norm (mean over the batches of the last steps), interval, and the fair versions.
-
-    Args:
-        artifact: stage 4's, with `log[i]["layers"]`, ||eps|| per layer at step i.
-        last_part: part of the training steps, counted from the end, whose eps are used.
+def sizes(artifact):
+    """Per layer: norm (mean over the batches of the last half of the steps), interval, and the
+    fair versions; of stage 4's artifact, where `log[i]["layers"]` is ||eps|| per layer at step i.
     """
-    log = artifact["log"][-max(1, round(last_part * len(artifact["log"]))) :]
+    log = artifact["log"][len(artifact["log"]) // 2 :]
     norms = np.array([entry["layers"] for entry in log])  # (batches, layers)
     rows = []
     for i, layer in enumerate(sorted({layer_of(name) for name in artifact["weights"]})):
@@ -68,15 +59,6 @@ def sizes(artifact, last_part):
             }
         )
     return rows
-
-
-def matrices(eps):
-    """{"down_proj.lora_B": L2 norm of eps over all layers}, the largest first."""
-    squares = {}
-    for name, x in eps.items():
-        kind = ".".join(name.split(".")[-2:])
-        squares[kind] = squares.get(kind, 0.0) + x.pow(2).sum().item()
-    return {kind: math.sqrt(squares[kind]) for kind in sorted(squares, key=squares.get)[::-1]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,7 +178,7 @@ def draw(rows, ends, path):
 
 def get_args(argv=None):
     """Flags of this stage."""
-    return common.stage_parser(__doc__, FLAGS).parse_args(argv)
+    return common.stage_parser(__doc__, []).parse_args(argv)
 
 
 def main(argv=None):
@@ -204,20 +186,17 @@ def main(argv=None):
     args = get_args(argv)
     run = Run(args.run)
     stage4, stage5 = run.load("04_panacea.pt"), run.load("05_evaluate.pt")
-    c = {**stage5["config"], **common.resolve(args, FLAGS, stage5["config"]["preset"])}
-    rows = sizes(stage4, c["last_part"])
+    c, rows = stage5["config"], sizes(stage4)
     ends = with_views(rows, [row for row in stage5["rows"] if "view" in row])
     agreement = {key: correlations(rows, ends, key) for key in ("hs", "refusal")} if ends else {}
     print_layers(rows, ends, agreement, c["causal_prompts"])
-    kinds = matrices(stage4["epsilon"])
-    print("by matrix: " + ", ".join(f"{kind} {norm:.3f}" for kind, norm in kinds.items()))
     if not ends:
         print(f"for what each layer does, run: {run.command('05_evaluate')} --causal")
-    content = {"layers": rows, "matrices": kinds, "ends": ends, "rank_correlation": agreement}
+    content = {"layers": rows, "ends": ends, "rank_correlation": agreement}
     artifact = run.save("06_layer_analysis.pt", c, **content)
     run.save_json("layers.json", {"config": c, **content})
     if not draw(rows, ends, run.folder / "06_layer_analysis.png"):
-        both = f"{run.command('05_evaluate')} --draw && {run.command('06_layer_analysis')}"
+        both = f"{run.command('05_evaluate')} && {run.command('06_layer_analysis')}"
         print(f"pictures of this run: pip install matplotlib && {both}")
     print(f"{run.folder / 'layers.json'} written: the last stage is done")
     return artifact

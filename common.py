@@ -108,11 +108,6 @@ def shown(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def folder(text):
-    """argparse type of a folder: "~" is the user's home."""
-    return Path(text).expanduser()
-
-
 def stage_parser(doc, flags):
     """Parser of a stage's flags; the stage's header is the help text."""
     style = argparse.RawDescriptionHelpFormatter
@@ -120,7 +115,7 @@ def stage_parser(doc, flags):
     wrong = f"see python {parser.prog} --help"
     parser.error = lambda message: parser.exit(2, f"error: {message}; {wrong}\n")
     text = "folder of this run's artifacts (default: runs/toy)"
-    parser.add_argument("--run", type=folder, default=Path("runs/toy"), metavar="DIR", help=text)
+    parser.add_argument("--run", type=Path, default=Path("runs/toy"), metavar="DIR", help=text)
     text = "auto (the toy: cpu), cpu, cuda, cuda:1 or mps (default: auto)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     for flag in flags:

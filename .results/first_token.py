@@ -61,7 +61,7 @@ def measure(folder):
 def main(argv=None):
     """Measure and keep each run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=common.folder, metavar="RUN")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     for folder in parser.parse_args(argv).runs:
         kept = HERE / "first-token" / folder.name
         kept.mkdir(parents=True, exist_ok=True)

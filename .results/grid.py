@@ -9,16 +9,18 @@ combination is made with stage 4's own functions; what is not named is as in the
 further rows of RUN/04_panacea.pt (one that is there already stays), and stage 5 then measures
 all, these at their own length only (no --scale). `--` between parts is for the eye.
 
-    anchored   eps up h - anchor a - g, or with fewer terms: a, h-a   terms radius steps
-    realign    AdamW steps down a, or down a + g: a+g                 terms lr steps
+    anchored   eps up h - anchor a - g, or of some: h-a, a, h-g       terms radius steps
+    realign    AdamW steps down a, or a + g, 3 a + g, or a and a      terms lr steps pull
+               pull back: + pull / 2 * ||w - where it began||^2
     ascent     eps of norm rho by steps up h, from plain fine-tuning  from rho steps samples
                or from Panacea's w; samples: the first so many of
                the harmful set are all it may use (0: the whole)
     mean       one step up the mean of h over the whole harmful set   from rho
-    stop       steps of .1 rho up h with no ball, until a loss that   from until slack
+    stop       steps of .1 rho up h with no ball, until a loss that   from until share slack
                the provider can read says so: h is back where the
-               aligned weights had it (h), or the loss on its look-
-               alikes is slack above where it began (benign)
+               aligned weights had it, or by so large a share of that
+               way (h), or the loss on its look-alikes has risen by
+               the part slack (benign)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -47,11 +49,16 @@ def defaults(c):
     start = {"from": ("finetuned", "panacea"), "rho": c["rho"]}
     anchored = {"radius": c["radius"], "steps": c["anchored_steps"]}
     return {
-        "anchored": {"terms": ("h-a-g", "h-a", "a"), **anchored},
-        "realign": {"terms": ("a", "a+g"), "lr": c["realign_lr"], "steps": c["realign_steps"]},
+        "anchored": {"terms": ("h-a-g", "h-a", "a", "h-g"), **anchored},
+        "realign": {
+            "terms": ("a", "a+g", "3a+g"),
+            "lr": c["realign_lr"],
+            "steps": c["realign_steps"],
+            "pull": 0.0,
+        },
         "ascent": {**start, "steps": c["ascent_steps"], "samples": 0},
         "mean": start,
-        "stop": {"from": start["from"], "until": ("h", "benign"), "slack": 0.1},
+        "stop": {"from": start["from"], "until": ("h", "benign"), "share": 1.0, "slack": 0.01},
         "again": {"of": REPAIRS, "samples": 50},
     }
 
@@ -98,6 +105,7 @@ class Grid:
         self.start["panacea"] = stage4["weights"]
         rows = [x for x in stage2["rows"] if x["defense"] == "sft" and "snapshot" not in x]
         self.rows = {row["model"]: row for row in (*rows, *stage4["rows"])}
+        self.walks = {}
 
     def batches(self, name, size, samples=None, epochs=None):
         """Batches of a set's first samples, drawn as stage 4 draws them for its repairs."""
@@ -128,17 +136,25 @@ class Grid:
         return common.row("panacea_anchored", shown, {n: attacked[n] + eps[n] for n in eps})
 
     def realign(self, setting):
-        """Stage 4's realign, on refusals or on the user's rows as well."""
-        c, sets = self.c, {"a": "alignment", "g": "finetune"}
-        used = [sets[letter] for letter in setting["terms"].split("+")]
-        draws = zip(*(self.batches(name, c["batch_size"]) for name in used))
+        """Stage 4's realign, on refusals or on the user's rows as well, or with a pull back."""
+        c, attacked = self.c, self.start["finetuned"]
+        used = {"a": {"alignment": 1}, "a+g": {"alignment": 1, "finetune": 1}}
+        used["3a+g"] = {"alignment": 3, "finetune": 1}
+        factors = used[setting["terms"]]
+        draws = zip(*(self.batches(name, c["batch_size"]) for name in factors))
+        began = [attacked[name].to(p.device) for name, p in self.w.items()]
 
         def loss(batches):
-            return sum(map(self.loss, batches))
+            total = sum(f * self.loss(x) for f, x in zip(factors.values(), batches))
+            if setting["pull"]:
+                far = sum((p - x).pow(2).sum() for p, x in zip(self.params, began))
+                total = total + setting["pull"] / 2 * far
+            return total
 
-        s4.put(self.w, self.start["finetuned"])
+        s4.put(self.w, attacked)
         s4.realign(loss, self.params, draws, setting["steps"], setting["lr"], c["weight_decay"])
-        shown = {name: x for name, x in setting.items() if (name, x) != ("terms", "a")}
+        plain = {"terms": "a", "pull": 0.0}
+        shown = {name: x for name, x in setting.items() if plain.get(name) != x}
         return common.row("realign", shown, s4.copy_of(self.w))
 
     def up_h(self, model, setting, eps, **more):
@@ -168,39 +184,53 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def stop(self, setting, most=25, samples=32):
-        """Steps of .1 rho up h until a loss says so; at most 25 of them."""
+    def walk(self, start, most=25, samples=32):
+        """Steps of .1 rho up h from the weights `start`: yields (eps, {"h", "benign"}), mean losses
+        per answer token on the first samples of the harmful set and of the look-alikes."""
         rows = self.data["alignment"]
         benign = [x for x, row in zip(self.examples["alignment"], rows) if "refusal" not in row]
         sets = {"h": self.examples["harmful"][:samples], "benign": benign[:samples]}
-
-        def losses(eps):  # mean per answer token, of each set
-            with s4.perturbed(self.params, eps):
-                return {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
-
         eps = [torch.zeros_like(x) for x in self.params]
-        s4.put(self.w, self.start["aligned"])
-        goal = losses(eps)["h"]
-        s4.put(self.w, self.start[setting["from"]])
-        first = losses(eps)["benign"]
-        print(f"stop {setting}: h of the aligned {goal:.3f}, look-alikes {first:.3f}")
-        for batch in itertools.islice(self.batches("harmful", self.c["harmful_batch_size"]), most):
+        draws = self.batches("harmful", self.c["harmful_batch_size"])
+        for batch in itertools.chain([None], itertools.islice(draws, most)):
+            s4.put(self.w, self.start[start])
+            if batch is not None:
+                with s4.perturbed(self.params, eps):
+                    uphill, _ = s4.gradient(self.loss, self.params, batch)
+                eps = [x + y for x, y in zip(eps, s4.perturbation(uphill, 0.1 * self.c["rho"]))]
             with s4.perturbed(self.params, eps):
-                uphill, _ = s4.gradient(self.loss, self.params, batch)
-            longer = [x + y for x, y in zip(eps, s4.perturbation(uphill, 0.1 * self.c["rho"]))]
-            now = losses(longer)
-            print(f"  {s4.global_norm(longer):.3f}: h {now['h']:.3f} benign {now['benign']:.3f}")
-            if setting["until"] == "benign" and now["benign"] > first + setting["slack"]:
+                now = {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
+            far = s4.global_norm(eps).item()
+            print(f"  {start} {far:.3f}: h {now['h']:.3f} look-alikes {now['benign']:.3f}")
+            yield eps, now
+
+    def points(self, start):
+        """The points of the walk from `start`, each made once, however many rules read it."""
+        kept, walk = self.walks.setdefault(start, ([], self.walk(start)))
+        yield from list(kept)
+        for point in walk:
+            kept.append(point)
+            yield point
+
+    def stop(self, setting):
+        """The walk's first point where h is high enough, or its last before the look-alikes are
+        worse; else its end."""
+        start, until, (_, aligned) = setting["from"], setting["until"], next(self.points("aligned"))
+        eps, first = next(self.points(start))
+        goal = first["h"] + setting["share"] * (aligned["h"] - first["h"])
+        for longer, now in self.points(start):
+            if until == "benign" and now["benign"] > (1 + setting["slack"]) * first["benign"]:
                 break
             eps = longer
-            if setting["until"] == "h" and now["h"] >= goal:
+            if until == "h" and now["h"] >= goal:
                 break
-        more = {"until": setting["until"]}
-        more |= {"slack": setting["slack"]} if setting["until"] == "benign" else {}
-        return {
-            **self.up_h("ascent", setting, self.named(eps), **more),
-            "norm": s4.global_norm(eps).item(),
-        }
+        more = {"until": until}
+        if until == "benign":
+            more["slack"] = setting["slack"]
+        elif setting["share"] != 1:
+            more["share"] = setting["share"]
+        made = self.up_h("ascent", setting, self.named(eps), **more)
+        return {**made, "norm": s4.global_norm(eps).item()}
 
     def further(self, n):
         """n rows of the user's that are in no set, a tenth of them harmful, as examples."""
@@ -251,7 +281,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=common.folder, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("words", nargs="+", metavar="WORD", help="REPAIR NAME=VALUE,VALUE ... ...")
     parser.add_argument("--device", default="auto", metavar="NAME", help="as of the stages")
     args = parser.parse_args([x for x in argv if x != "--"])

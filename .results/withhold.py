@@ -101,7 +101,7 @@ def measure(run, data):
 def main(argv=None):
     """Change the data of a run without results, else measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=common.folder, metavar="RUN", help="folder of a toy's run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a toy's run")
     run = common.Run(parser.parse_args(argv).run)
     data = common.Run(run.folder).load("01_data.pt")
     (measure if (run.folder / "results.json").is_file() else withhold)(run, data)

@@ -478,7 +478,7 @@ def test_a_row_is_w_plus_scale_times_eps(s5):
 def test_layers_have_fair_sizes_and_effects_with_their_signs(s5, s6):
     w = {"m.0.a": torch.full((2, 2), 3.0), "m.1.a": torch.full((3, 3), 1.0)}
     log = [{"layers": [9.0, 9.0]}, {"layers": [1.0, 4.0]}, {"layers": [3.0, 4.0]}]
-    first, second = s6.sizes({"weights": w, "log": log}, 0.7)
+    first, second = s6.sizes({"weights": w, "log": log})
     assert (first["norm"], first["batches"]) == (2, 2)
     assert first["norm_interval"] == pytest.approx([1.05, 2.95])
     assert (first["per_weight"], second["per_weight"]) == (1, 4 / 3)  # 2 / sqrt(4), 4 / sqrt(9)
@@ -501,17 +501,6 @@ def test_layers_have_fair_sizes_and_effects_with_their_signs(s5, s6):
     for key in ("hs", "refusal"):
         found = s6.correlations([first, second], ends, key)["norm"]
         assert found == pytest.approx({"only": 1, "without": 1, "one_norm": -1})
-
-
-def test_matrices_of_eps_are_named_largest_first_and_add_up_over_layers(s6):
-    eps = {
-        "model.layers.0.self_attn.q_proj.lora_B": torch.tensor([5.0]),
-        "model.layers.0.mlp.up_proj.lora_A": torch.tensor([3.0, 3.0]),
-        "model.layers.1.mlp.up_proj.lora_A": torch.tensor([4.0]),
-    }
-    found = s6.matrices(eps)
-    assert list(found) == ["up_proj.lora_A", "q_proj.lora_B"]
-    assert list(found.values()) == pytest.approx([34**0.5, 5.0])
 
 
 def test_ranks_share_ties(s6):
@@ -551,14 +540,14 @@ def test_a_gpu_need_not_hold_the_model_beside_the_judge(tiny_run, s5, monkeypatc
     assert len(models) == 1
 
 
-def test_the_picture_is_drawn_again_without_answering(tiny_run, s5, tmp_path, monkeypatch):
+def test_a_picture_is_drawn_where_a_notebook_has_set_its_own_backend(
+    tiny_run, s5, tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib")
-    folder = shutil.copytree(tiny_run[0], tmp_path / "copy")
-    monkeypatch.setattr(s5, "answer_all", lambda *_: pytest.fail("models answered again"))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # a notebook's
-    (folder / "05_evaluate.png").unlink(missing_ok=True)
-    s5.main(["--run", str(folder), "--draw"])
-    assert (folder / "05_evaluate.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    stage5 = tiny_run[1]["05_evaluate"]
+    s5.draw(stage5["rows"], stage5["config"], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_model_that_is_not_there_is_named_with_those_that_are(tiny_run, s5):
