@@ -149,8 +149,10 @@ def choose(summary):
         row = entry["row"]
         plain = row["model"] in ("base", "aligned", "finetuned")
         if not plain and "view" not in row and "snapshot" not in row:
-            name = " ".join(filter(None, (row["model"], row["setting"].get("terms"))))
-            tried.setdefault(name, []).append(entry)
+            setting = row["setting"]
+            parts = [row["model"], setting.get("terms"), "with a pull" * ("pull" in setting)]
+            parts += [f"until {setting['until']}"] if "until" in setting else []
+            tried.setdefault(" ".join(filter(None, parts)), []).append(entry)
     chosen = []
     for name, entries in tried.items():
         good = [
@@ -672,22 +674,36 @@ def along(summary, model, rho=0.5):
 
 
 def draw_mechanism():
-    """Losses and outcomes along w + t eps: one step, ten steps, noise; from plain fine-tuning."""
+    """Losses, outcomes and how an answer begins, along w + t eps: one step, ten steps, noise;
+    from plain fine-tuning."""
     from matplotlib.figure import Figure
 
     (found,) = group(files(".results/direction/seed*"))
     summary, first = summarise(found), min(found["seeds"])
-    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey="row")
+    (words,) = group(files(".results/first-token/seed*"))
+    begins = summarise(words)
+    figure = Figure(figsize=(10.5, 7.4), layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey="row")
+
+    def filled(axis, points, kinds):
+        places, bottom = sorted(points), np.zeros(len(points))
+        for kind, (colour, what) in kinds.items():
+            part = np.array([points[t][kind] for t in places])
+            axis.fill_between(places, bottom, bottom + part, color=colour, label=what, lw=0)
+            bottom += part
+
+    def of(summary, model):
+        points = {0.0: summary["finetuned"]}
+        for entry in summary.values():
+            if entry["row"]["model"] == model and entry["row"]["setting"].get("scale", 9) <= 3:
+                points[entry["row"]["setting"]["scale"]] = entry
+        return points
+
     for column, (model, name) in enumerate(
         (("one_shot", "one step up h"), ("ascent", "ten steps up h"), ("random_matched", "noise"))
     ):
-        points = {0.0: summary["finetuned"]}
-        for entry in summary.values():
-            if entry["row"]["model"] == model and "scale" in entry["row"]["setting"]:
-                points[entry["row"]["setting"]["scale"]] = entry
-        places = sorted(t for t in points if t <= 3)
-        upper, lower = axes[0][column], axes[1][column]
+        points = of(summary, model)
+        places, (upper, lower, last) = sorted(points), (axes[k][column] for k in range(3))
         for key, colour, what in (
             ("h", "tab:red", "h: harmful answers"),
             ("a", "tab:blue", "a: refusals"),
@@ -696,20 +712,27 @@ def draw_mechanism():
             upper.plot(places, [points[t][key] for t in places], color=colour, label=what)
             rows = [found["rows"][label(points[t]["row"])][first] for t in places]
             upper.plot(places, [row[key] for row in rows], color=colour, lw=0.7, ls=":")
-        bottom = np.zeros(len(places))
-        for kind, colour in OUTCOMES.items():
-            part = np.array([points[t][kind] for t in places])
-            what = kind.replace("_", " ")
-            lower.fill_between(places, bottom, bottom + part, color=colour, label=what, lw=0)
-            bottom += part
+        filled(lower, points, {kind: (x, kind.replace("_", " ")) for kind, x in OUTCOMES.items()})
+        filled(
+            last,
+            of(begins, model),
+            {
+                "p_recipe": ("tab:red", "a recipe's"),
+                "p_refusal": ("tab:blue", "a refusal's"),
+                "p_label": ("gold", "a label"),
+                "p_other": ("lightgrey", "another"),
+            },
+        )
         lower.plot(places, [points[t]["fa"] for t in places], "k.-", label="accuracy on the task")
         upper.set_title(name)
-        lower.set(xlabel="t, in w + t eps (||eps|| = 0.5)", ylim=(0, 100), xlim=(0, 3))
-        for axis in (upper, lower):
+        lower.set(ylim=(0, 100), xlim=(0, 3))
+        last.set(xlabel="t, in w + t eps (||eps|| = 0.5)", ylim=(0, 100))
+        for axis in (upper, lower, last):
             axis.axvline(1, color="grey", lw=0.7)
     axes[0][0].set(ylabel="loss per token, held out", ylim=(0, 2.5))
     axes[1][0].set_ylabel("answers to harmful prompts, %")
-    for axis in (axes[0][2], axes[1][2]):
+    axes[2][0].set_ylabel("first word, probability in %")
+    for axis in axes[:, 2]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, ROOT / ".assets/mechanism.png")
 

@@ -99,11 +99,11 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["tuning-ascent"] = with_flags(  # eight settings each of ten steps and of the two rules
+    found["tuning-ascent"] = with_flags(  # 24 settings each, as Panacea; and rules
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
         {
             **beyond,
-            "grid": "ascent from=finetuned,panacea rho=.25,.35,.5,.7 steps=5,10 "
+            "grid": "ascent from=finetuned,panacea rho=.25,.35,.5,.6,.7,.85 steps=2,5,10,20 "
             "stop from=finetuned,panacea until=h share=.7,.8,.9,1 "
             "stop from=finetuned,panacea until=benign slack=.003,.01,.03,.1 "
             "realign terms=3a+g lr=1.5e-4,3e-4,6e-4,1e-3 steps=10,20 "
