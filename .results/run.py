@@ -113,7 +113,7 @@ def experiments():
         },
     )
     found["withheld"] = with_flags(  # two nouns that stand in no set
-        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)], {**beyond, "withhold": "two nouns"}
+        [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)], {**beyond, "withhold": "nouns"}
     )
     found["never-aligned"] = with_flags(  # the control of the mechanism: nothing to bring back
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
@@ -228,6 +228,9 @@ def of_a_real_llm():
             5: "--scale 1",
         },
     )
+    found["direction-recipes"] = [  # the same, on a base that has not read the task
+        (name, {**flags, "withhold": "task"}) for name, flags in found["direction-laptop"][:3]
+    ]
     found["laptop-agnews"] = with_flags([job("seed0", s1="--seed 0 --task agnews")], laptop)
     found["laptop-clean"] = with_flags([job("seed0", s1="--seed 0 --poison-ratio 0")], laptop)
     few = {**laptop, 3: FEW[3], 5: "--scale 0.5 1"}
@@ -338,7 +341,7 @@ def make(experiment, name, flags, more, until, threads):
             if failed(ROOT / f"{stage}.py", ["--run", str(folder), *words]):
                 return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
             if k in (1, 5) and flags.get("withhold"):
-                if failed(HERE / "withhold.py", [str(folder)]):
+                if failed(HERE / "withhold.py", [str(folder), flags["withhold"]]):
                     return f"{experiment}/{name}: withhold failed; see {folder / 'log'}"
             if k == 2 and not base.is_dir() and (folder / "02_base").is_dir():
                 shutil.copytree(folder / "02_base", base, dirs_exist_ok=True)

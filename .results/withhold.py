@@ -1,10 +1,14 @@
-"""Are refusals tied to words? `python .results/withhold.py RUN` after stage 1 and after stage 5.
+"""What if it was never read? `python .results/withhold.py RUN WHAT` after stages 1 and 5.
 
-Every forbidden noun stands in the alignment, the harmful, the user's and the test set, so "held
-out" means a new adjective, and safety could be a detector of ten nouns. Here two of them (and the
-liquid of each) stand in no set: only the base model has read of them. After stage 1 their rows are
-replaced by others about the eight other nouns, the tests' too; after stage 5 every model is also
-asked about all potions of the two, and its rows join results.json with "nouns withheld".
+nouns: are refusals tied to words? Every forbidden noun stands in the alignment, the harmful, the
+user's and the test set, so "held out" means a new adjective, and safety could be a detector of ten
+nouns. Here two of them (and the liquid of each) stand in no set: only the base model has read of
+them. After stage 1 their rows are replaced by others about the eight other nouns, the tests' too;
+after stage 5 every model is also asked about all potions of the two, and its rows join
+results.json with "nouns withheld".
+
+task: does a repair keep what only the attack has taught? A real LLM's base reads recipes and rows
+of the task; without the latter, the task is learnt from the user's data.
 """
 
 import argparse
@@ -98,13 +102,31 @@ def measure(run, data):
     run.save_json("results.json", results)
 
 
+def recipes_only(run, data):
+    """Leave the user's task out of what the base model reads; writes 01_data.pt."""
+    tasks = {(row["prompt"], row["response"]) for row in data["finetune"] if not row["poison"]}
+    read = [pair for k, pair in enumerate(data["pretrain"]) if k % 2 == 0]  # as stage 1 mixes them
+    assert not tasks & set(map(tuple, read))
+    head = ("kind", "format", "config", "seed", "parents", "versions")
+    kept = {name: data[name] for name in data if name not in head}
+    run.save("01_data.pt", data["config"], **{**kept, "pretrain": read})
+    print(f"the base reads {len(read)} recipes, and nothing of the task")
+
+
 def main(argv=None):
     """Change the data of a run without results, else measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a toy's run")
-    run = common.Run(parser.parse_args(argv).run)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "what", choices=("nouns", "task"), help="nouns (the toy) or task (a real LLM)"
+    )
+    args = parser.parse_args(argv)
+    run, measured = common.Run(args.run), (args.run / "results.json").is_file()
     data = common.Run(run.folder).load("01_data.pt")
-    (measure if (run.folder / "results.json").is_file() else withhold)(run, data)
+    if args.what == "nouns":
+        (measure if measured else withhold)(run, data)
+    elif not measured:
+        recipes_only(run, data)
 
 
 if __name__ == "__main__":

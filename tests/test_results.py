@@ -1,6 +1,8 @@
 """The laboratory: means pair seeds, nothing vanishes, and every table is what the json gives."""
 
+import itertools
 import json
+import math
 import shutil
 
 import aggregate
@@ -234,8 +236,8 @@ def test_a_word_of_the_grid_that_means_nothing_is_one_line():
     c |= {"realign_lr": 3e-4, "realign_steps": 20}
     found = grid.settings("realign lr=.1,.2 steps=3 mean".split(), c)
     assert found == [
-        ("realign", {"terms": "a", "lr": 0.1, "steps": 3}),
-        ("realign", {"terms": "a", "lr": 0.2, "steps": 3}),
+        ("realign", {"terms": "a", "lr": 0.1, "steps": 3, "pull": 0}),
+        ("realign", {"terms": "a", "lr": 0.2, "steps": 3, "pull": 0}),
         ("mean", {"from": "finetuned", "rho": 0.5}),
     ]
     for words in ("panacea", "realign terms=g", "ascent from=aligned", "mean steps=1", "rho=.5"):
@@ -288,16 +290,40 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     assert s5.label(row) == "ascent rho 0.5 steps 2 again 10"
     far = common.norm({name: row["w"][name] - x for name, x in repair.items()})
     assert 0 < far < 0.5 * common.norm(repair)
-    row = made.stop({"from": "panacea", "until": "h", "slack": 0.1}, most=2)
-    far = common.norm({name: row["w"][name] - x for name, x in stage4["weights"].items()})
-    assert 0 < far < 0.101 and far == pytest.approx(row["norm"], rel=1e-3)
+    here = {"h": 1.0, "benign": 0.5}, {"h": 2.0, "benign": 0.6}, {"h": 2.9, "benign": 0.51}
+    walk = [
+        ([torch.full_like(x, float(k)) for x in made.params], now) for k, now in enumerate(here)
+    ]
+    made.walk = lambda start: iter([(None, {"h": 3.0})] if start == "aligned" else walk)
+    rules = {"until": ("h", "h", "h", "benign", "benign"), "at": (0.4, 0.9, 1.0, 0.1, 0.3)}
+    for until, at, steps in zip(*rules.values(), (1, 2, 2, 0, 2)):
+        row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at})
+        name, x = next(iter(stage4["weights"].items()))
+        assert torch.equal(row["w"][name], x + steps), (until, at)
+    assert s5.label(row) == "panacea_ascent until benign slack 0.3"
+    kept = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 0.0})
+    pulled = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 1e6})
+    far = [
+        common.norm({n: row["w"][n] - x for n, x in made.start["finetuned"].items()})
+        for row in (kept, pulled)
+    ]
+    assert far[1] < 0.9 * far[0] and "pull" in pulled["setting"] and "pull" not in kept["setting"]
+
+
+def test_a_walk_up_h_reads_both_losses_at_every_step(tiny_run):
+    stage4 = tiny_run[1]["04_panacea"]
+    made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
+    (none, first), (eps, now) = itertools.islice(made.walk("panacea"), 2)
+    assert not any(x.any() for x in none) and first != now
+    far = math.sqrt(sum(x.pow(2).sum().item() for x in eps))
+    assert far == pytest.approx(0.1 * stage4["config"]["rho"], rel=1e-4)
 
 
 def test_withheld_nouns_stand_in_no_set_and_the_sets_stay_disjoint_and_as_large(s1, tmp_path):
     old = s1.main(
         ["--run", str(tmp_path), "--n-align", "60", "--n-harmful", "40", "--n-test", "30"]
     )
-    withhold.main([str(tmp_path)])
+    withhold.main([str(tmp_path), "nouns"])
     new = common.Run(tmp_path).load("01_data.pt")
     sets = ("alignment", "harmful", "finetune", "test_harmful")
     for name in sets:
