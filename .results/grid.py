@@ -16,11 +16,11 @@ all, these at their own length only (no --scale). `--` between parts is for the 
                or from Panacea's w; samples: the first so many of
                the harmful set are all it may use (0: the whole)
     mean       one step up the mean of h over the whole harmful set   from rho
-    stop       steps of .1 rho up h with no ball, until a loss that   from until share slack
-               the provider can read says so: h is back where the
-               aligned weights had it, or by so large a share of that
-               way (h), or the loss on its look-alikes has risen by
-               the part slack (benign)
+    stop       steps of .1 rho up h, or up h - g, with no ball,       from until share slack
+               until a loss that the provider can read says so: h     terms
+               is back where the aligned weights had it, or by so
+               large a share of that way (h), or the loss on its
+               look-alikes has risen by the part slack (benign)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -58,7 +58,13 @@ def defaults(c):
         },
         "ascent": {**start, "steps": c["ascent_steps"], "samples": 0},
         "mean": start,
-        "stop": {"from": start["from"], "until": ("h", "benign"), "share": 1.0, "slack": 0.01},
+        "stop": {
+            "from": start["from"],
+            "until": ("h", "benign"),
+            "share": 1.0,
+            "slack": 0.01,
+            "terms": ("h", "h-g"),
+        },
         "again": {"of": REPAIRS, "samples": 50},
     }
 
@@ -184,19 +190,23 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def walk(self, start, most=25, samples=32):
-        """Steps of .1 rho up h from the weights `start`: yields (eps, {"h", "benign"}), mean losses
-        per answer token on the first samples of the harmful set and of the look-alikes."""
+    def walk(self, start, terms, most=25, samples=32):
+        """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "benign"}),
+        mean losses per answer token on the first samples of the harmful set and of the look-alikes.
+        """
         rows = self.data["alignment"]
         benign = [x for x, row in zip(self.examples["alignment"], rows) if "refusal" not in row]
         sets = {"h": self.examples["harmful"][:samples], "benign": benign[:samples]}
         eps = [torch.zeros_like(x) for x in self.params]
-        draws = self.batches("harmful", self.c["harmful_batch_size"])
-        for batch in itertools.chain([None], itertools.islice(draws, most)):
+        used = [self.batches("harmful", self.c["harmful_batch_size"])]
+        used += [self.batches("finetune", self.c["batch_size"])] if terms == "h-g" else []
+        for batches in itertools.chain([None], itertools.islice(zip(*used), most)):
             s4.put(self.w, self.start[start])
-            if batch is not None:
+            if batches is not None:
                 with s4.perturbed(self.params, eps):
-                    uphill, _ = s4.gradient(self.loss, self.params, batch)
+                    uphill, *down = (s4.gradient(self.loss, self.params, x)[0] for x in batches)
+                for grad_g in down:
+                    uphill = [x - y for x, y in zip(uphill, grad_g)]
                 eps = [x + y for x, y in zip(eps, s4.perturbation(uphill, 0.1 * self.c["rho"]))]
             with s4.perturbed(self.params, eps):
                 now = {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
@@ -204,9 +214,9 @@ class Grid:
             print(f"  {start} {far:.3f}: h {now['h']:.3f} look-alikes {now['benign']:.3f}")
             yield eps, now
 
-    def points(self, start):
-        """The points of the walk from `start`, each made once, however many rules read it."""
-        kept, walk = self.walks.setdefault(start, ([], self.walk(start)))
+    def points(self, start, terms):
+        """The points of a walk from `start`, each made once, however many rules read it."""
+        kept, walk = self.walks.setdefault((start, terms), ([], self.walk(start, terms)))
         yield from list(kept)
         for point in walk:
             kept.append(point)
@@ -215,16 +225,16 @@ class Grid:
     def stop(self, setting):
         """The walk's first point where h is high enough, or its last before the look-alikes are
         worse; else its end."""
-        start, until, (_, aligned) = setting["from"], setting["until"], next(self.points("aligned"))
-        eps, first = next(self.points(start))
+        start, until, terms = setting["from"], setting["until"], setting["terms"]
+        (_, aligned), (eps, first) = (next(self.points(x, terms)) for x in ("aligned", start))
         goal = first["h"] + setting["share"] * (aligned["h"] - first["h"])
-        for longer, now in self.points(start):
+        for longer, now in self.points(start, terms):
             if until == "benign" and now["benign"] > (1 + setting["slack"]) * first["benign"]:
                 break
             eps = longer
             if until == "h" and now["h"] >= goal:
                 break
-        more = {"until": until}
+        more = ({} if terms == "h" else {"terms": terms}) | {"until": until}
         if until == "benign":
             more["slack"] = setting["slack"]
         elif setting["share"] != 1:

@@ -112,6 +112,15 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
+    found["tuning-stop"] = with_flags(  # the same rules, holding the user's task
+        [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
+        {
+            **beyond,
+            4: "--radius 0 --realign-lr 0",
+            "grid": "stop from=finetuned,panacea terms=h-g until=h share=.7,.8,.9,1",
+            5: "--scale 1 --no-causal",
+        },
+    )
     found["withheld"] = with_flags(  # two nouns that stand in no set
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)], {**beyond, "withhold": "nouns"}
     )

@@ -294,10 +294,10 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     walk = [
         ([torch.full_like(x, float(k)) for x in made.params], now) for k, now in enumerate(here)
     ]
-    made.walk = lambda start: iter([(None, {"h": 3.0})] if start == "aligned" else walk)
+    made.walk = lambda start, _: iter([(None, {"h": 3.0})] if start == "aligned" else walk)
     rules = {"until": ("h", "h", "h", "benign", "benign"), "at": (0.4, 0.9, 1.0, 0.1, 0.3)}
     for until, at, steps in zip(*rules.values(), (1, 2, 2, 0, 2)):
-        row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at})
+        row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at, "terms": "h"})
         name, x = next(iter(stage4["weights"].items()))
         assert torch.equal(row["w"][name], x + steps), (until, at)
     assert s5.label(row) == "panacea_ascent until benign slack 0.3"
@@ -313,10 +313,14 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
 def test_a_walk_up_h_reads_both_losses_at_every_step(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
-    (none, first), (eps, now) = itertools.islice(made.walk("panacea"), 2)
-    assert not any(x.any() for x in none) and first != now
-    far = math.sqrt(sum(x.pow(2).sum().item() for x in eps))
-    assert far == pytest.approx(0.1 * stage4["config"]["rho"], rel=1e-4)
+    ends = []
+    for terms in ("h", "h-g"):
+        (none, first), (eps, now) = itertools.islice(made.walk("panacea", terms), 2)
+        assert not any(x.any() for x in none) and first != now
+        far = math.sqrt(sum(x.pow(2).sum().item() for x in eps))
+        assert far == pytest.approx(0.1 * stage4["config"]["rho"], rel=1e-4)
+        ends.append(eps)
+    assert not all(map(torch.equal, *ends))
 
 
 def test_withheld_nouns_stand_in_no_set_and_the_sets_stay_disjoint_and_as_large(s1, tmp_path):
