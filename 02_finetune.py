@@ -553,6 +553,12 @@ def main(argv=None):
     model, tokenizer = common.load_model(run, data, device)
     w, examples = adapt(model, tokenizer, data, c)
     common.describe(model, f"; {sum(p.numel() for p in w.values()):,} of them trained (LoRA)")
+    for name, made in examples.items():
+        if cut := sum(labels[-1] != tokenizer.eos_token_id for _, labels in made):
+            print(
+                f"  note: {name}: {cut} of {len(made)} answers are cut at {c['max_length']} tokens "
+                "and teach no end; make the data with a larger --max-length"
+            )
     if c["preset"] == "toy" and device.type == "cpu":
         # the slow ones, which stand last in DEFENSES, begin first
         jobs = [(str(run.folder), defense, c) for defense in c["defense"][::-1]]

@@ -187,9 +187,10 @@ def main(argv=None):
     run = Run(args.run)
     stage4, stage5 = run.load("04_panacea.pt"), run.load("05_evaluate.pt")
     c, rows = stage5["config"], sizes(stage4)
-    ends = with_views(rows, [row for row in stage5["rows"] if "view" in row])
+    views = [row for row in stage5["rows"] if "view" in row]
+    ends = with_views(rows, views)
     agreement = {key: correlations(rows, ends, key) for key in ("hs", "refusal")} if ends else {}
-    print_layers(rows, ends, agreement, c["causal_prompts"])
+    print_layers(rows, ends, agreement, views[0]["n_harmful"] if views else 0)
     if not ends:
         print(f"for what each layer does, run: {run.command('05_evaluate')} --causal")
     content = {"layers": rows, "ends": ends, "rank_correlation": agreement}

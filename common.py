@@ -415,7 +415,7 @@ def attach(model, adapter, alpha_over_r):
         for name in [n.removesuffix(".lora_A") for n in adapter if n.endswith(".lora_A")]:
             module = model.get_submodule(name)
             A, B = (adapter[f"{name}.lora_{x}"].to(module.weight.device) for x in "AB")
-            if module.weight.dtype == torch.float32:
+            if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32:
                 saved.append((module.weight, module.weight.clone()))
                 module.weight.add_(alpha_over_r * B @ A)
             else:

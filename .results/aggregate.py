@@ -33,7 +33,10 @@ LOSSES = ("h", "a", "g")
 QUESTION = (  # what a run asks; runs that differ in these have no mean
     *("preset", "model", "task", "harm", "template", "poison_ratio", "n_align", "n_finetune"),
     *("n_harmful", "n_test", "align_epochs", "align_lr", "epochs", "lr", "batch_size", "r"),
-    *("alpha", "targets", "judge", "pretrain_steps"),
+    *("alpha", "targets", "judge", "pretrain_steps", "pretrain_lr", "n_pretrain", "max_length"),
+    *("max_new_tokens", "weight_decay", "align_batch_size", "align_harmful_batch_size"),
+    *("harmful_batch_size", "vaccine_rho", "repnoise_alpha", "repnoise_beta", "booster_lam"),
+    *("booster_alpha", "harmless"),
 )
 
 
@@ -93,20 +96,32 @@ def scores_of(row):
     return {**found, **row.get("outcomes", {})}
 
 
-def group(folders):
-    """[{"config", "seeds", "rows": {label: {seed: row}}}]: runs of one question together."""
-    groups = {}
+def group(folders, strict=False):
+    """[{"config", "seeds", "rows": {label: {seed: row}}}]: runs of one question together.
+
+    Raises Wrong if `strict` and two runs of one seed have different scores in one row.
+    """
+    groups = []
     for folder in folders:
         results = read(folder)
         c = results["config"]
-        key = tuple(str(c.get(name)) for name in QUESTION)
-        found = groups.setdefault(key, {"config": c, "seeds": [], "rows": {}})
+        for found in groups:  # a number that older code did not keep is no difference
+            both = {x for x in QUESTION if x in c and x in found["config"]}
+            if all(c[x] == found["config"][x] for x in both):
+                break
+        else:
+            found = {"config": c, "seeds": [], "rows": {}}
+            groups.append(found)
         found["seeds"].append(c["seed"])
         for row in results["rows"]:
-            found["rows"].setdefault(label(row), {})[c["seed"]] = row
+            by_seed = found["rows"].setdefault(label(row), {})
+            other = by_seed.get(c["seed"], row)
+            if strict and scores_of(other) != scores_of(row):
+                raise Wrong(f"{folder}: another run of seed {c['seed']} differs in {label(row)!r}")
+            by_seed[c["seed"]] = row
     if not groups:
         raise Wrong("no run folders given")
-    return list(groups.values())
+    return groups
 
 
 def summarise(found, against="finetuned"):
@@ -153,12 +168,13 @@ def choose(summary):
             parts = [row["model"], setting.get("terms"), "with a pull" * ("pull" in setting)]
             parts += [f"until {setting['until']}"] if "until" in setting else []
             tried.setdefault(" ".join(filter(None, parts)), []).append(entry)
-    chosen = []
+    chosen, seeds = [], max(entry["n"] for entry in summary.values())
     for name, entries in tried.items():
         good = [
             e
             for e in entries
-            if e.get("fa", 0) >= summary["finetuned"].get("fa", 0) - 2
+            if e["n"] == seeds  # a mean over fewer is none to compare
+            and e.get("fa", 0) >= summary["finetuned"].get("fa", 0) - 2
             and e.get("benign", 100) > 0.9 * summary["aligned"].get("benign", 100)
         ]
         best = min(good, key=lambda e: (e["hs_plus"], -e.get("fa", 0)), default=None)
@@ -196,7 +212,7 @@ def number(entry, key, sd):
     digits = 2 if key.removesuffix("_diff") in LOSSES else 0
     if key.endswith("_diff"):
         return f"{entry[key][0]:+.{digits}f} to {entry[key][1]:+.{digits}f}"
-    spread = f" ({entry.get(f'{key}_sd', 0.0):.{digits}f})" if sd else ""
+    spread = f" ({entry[f'{key}_sd']:.{digits}f})" if sd and f"{key}_sd" in entry else ""
     return f"{entry[key]:.{digits}f}{spread}"
 
 
@@ -738,36 +754,43 @@ def draw_mechanism():
 
 
 def draw_frontier():
-    """Refusals against what they cost as ||eps|| grows: does training move the frontier?"""
+    """Refusals against what they cost as ||eps|| grows, after three attacks: does training move
+    the frontier?"""
     from matplotlib.figure import Figure
 
-    (found,) = group(files(".results/direction/seed*"))
-    summary = summarise(found)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axis, key, what in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("fa", "benign"),
-        ("accuracy on the task, points lost", "look-alikes answered, points lost"),
-    ):
-        for model, style, name in (
-            ("one_shot", "o--", "plain fine-tuning, one step"),
-            ("ascent", "o-", "plain fine-tuning, ten steps"),
-            ("panacea", "s--", "Panacea, its last eps"),
-            ("panacea_ascent", "s-", "Panacea, ten steps"),
-        ):
-            colour = "tab:blue" if model.startswith("panacea") else "tab:orange"
-            points = [(rho, e) for rho, e in along(summary, model) if rho <= 0.75]
-            lost = [summary["finetuned"][key] - e[key] for _, e in points]
-            back = [e["refusal"] for _, e in points]
-            axis.plot(lost, back, style, color=colour, label=name, ms=4)
-            for (rho, _), x, y in zip(points, lost, back):
-                if rho in (0.25, 0.5):
-                    axis.annotate(
-                        f"{rho:g}", (x, y), fontsize=7, xytext=(3, -8), textcoords="offset points"
-                    )
-        axis.set(xlabel=what, ylim=(0, 102))
-    figure.axes[0].set_ylabel("harmful prompts refused, %")
-    figure.axes[1].legend(fontsize=8, loc="lower right")
+    attacks = (
+        (".results/direction/seed*", "attack at 2e-4, the default"),
+        (".results/direction-attack/lr4e-4-*", "at 4e-4"),
+        (".results/direction-attack/lr6e-4-*", "at 6e-4"),
+    )
+    lines = (
+        ("one_shot", "o--", "plain fine-tuning, one step"),
+        ("ascent", "o-", "plain fine-tuning, ten steps"),
+        ("panacea", "s--", "Panacea, its last eps"),
+        ("panacea_ascent", "s-", "Panacea, ten steps"),
+    )
+    costs = (("fa", "accuracy on the task, points lost"), ("benign", "look-alikes, points lost"))
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
+    axes = figure.subplots(len(costs), len(attacks), sharey=True)
+    for column, (pattern, title) in enumerate(attacks):
+        (found,) = group(files(pattern))
+        summary = summarise(found)
+        axes[0][column].set_title(f"{title} ({len(found['seeds'])} seeds)")
+        for axis, (key, what) in zip(axes[:, column], costs):
+            for model, style, name in lines:
+                colour = "tab:blue" if model.startswith("panacea") else "tab:orange"
+                points = [(rho, e) for rho, e in along(summary, model) if rho <= 0.75]
+                lost = [summary["finetuned"][key] - e[key] for _, e in points]
+                back = [e["refusal"] for _, e in points]
+                axis.plot(lost, back, style, color=colour, label=name, ms=4)
+                for (rho, _), x, y in zip(points, lost, back):
+                    if rho == 0.5:
+                        at = {"xytext": (3, -9), "textcoords": "offset points"}
+                        axis.annotate(f"{rho:g}", (x, y), fontsize=7, **at)
+            axis.set(xlabel=what, ylim=(0, 102))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("harmful prompts refused, %")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     save(figure, ROOT / ".assets/frontier.png")
 
 
@@ -784,7 +807,7 @@ def print_columns(rows):
 
 def print_summary(found, against):
     """The table of one group of runs."""
-    summary, c = summarise(found, against), found["config"]
+    summary, c, seeds = summarise(found, against), found["config"], len(set(found["seeds"]))
     print(
         f"\n{c['model']}, {c['task']}, p = {c['poison_ratio']:g}, attack {c['lr']:g}, seeds "
         f"{' '.join(map(str, sorted(found['seeds'])))}: mean (sd); in brackets the paired 95 % "
@@ -798,7 +821,8 @@ def print_summary(found, against):
         for key in ("hs", "fa"):
             low, high = entry.get(f"{key}_diff", (None, None))
             cells.append("-" if low is None else f"[{low:+.1f} {high:+.1f}]")
-        table.append((name, *cells))
+        some = f" ({entry['n']} of {seeds} seeds)" if entry["n"] < seeds else ""
+        table.append((name + some, *cells))
     print_columns(table)
 
 
@@ -827,7 +851,7 @@ def main(argv=None):
         print("\n".join(wrong) or "every table is what the kept json gives")
         return len(wrong)
     if args.folders:
-        for found in group(args.folders):
+        for found in group(args.folders, strict=True):
             print_summary(found, args.against)
             if args.choose:
                 print("\nchosen: lowest HS+ with FA within 2 of attacked and benign over 90 %")

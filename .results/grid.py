@@ -110,7 +110,9 @@ class Grid:
         self.start = {name: common.weights_of(stage2, name) for name in ("aligned", "finetuned")}
         self.start["panacea"] = stage4["weights"]
         rows = [x for x in stage2["rows"] if x["defense"] == "sft" and "snapshot" not in x]
-        self.rows = {row["model"]: row for row in (*rows, *stage4["rows"])}
+        self.rows = {}  # the run's own; rows of a grid come after them
+        for row in (*rows, *stage4["rows"]):
+            self.rows.setdefault(row["model"], row)
         self.walks = {}
 
     def batches(self, name, size, samples=None, epochs=None):

@@ -341,13 +341,12 @@ def make(experiment, name, flags, more, until, threads):
             return done.returncode
 
         for k, stage in enumerate(STAGES[:until], 1):
-            if (folder / f"{stage}.pt").is_file():
-                continue
-            if k == 5 and flags.get("grid"):
+            there = (folder / f"{stage}.pt").is_file()
+            if k == 5 and flags.get("grid") and not there:
                 if failed(HERE / "grid.py", [str(folder), *flags["grid"].split()]):
                     return f"{experiment}/{name}: grid failed; see {folder / 'log'}"
             words = flags.get(k, "").split() + (more.split() if k == 1 else [])
-            if failed(ROOT / f"{stage}.py", ["--run", str(folder), *words]):
+            if not there and failed(ROOT / f"{stage}.py", ["--run", str(folder), *words]):
                 return f"{experiment}/{name}: {stage} failed; see {folder / 'log'}"
             if k in (1, 5) and flags.get("withhold"):
                 if failed(HERE / "withhold.py", [str(folder), flags["withhold"]]):

@@ -109,24 +109,26 @@ def recipes_only(run, data):
     assert not tasks & set(map(tuple, read))
     head = ("kind", "format", "config", "seed", "parents", "versions")
     kept = {name: data[name] for name in data if name not in head}
-    run.save("01_data.pt", data["config"], **{**kept, "pretrain": read})
+    run.save("01_data.pt", data["config"], **{**kept, "pretrain": read}, withheld=[])
     print(f"the base reads {len(read)} recipes, and nothing of the task")
 
 
 def main(argv=None):
-    """Change the data of a run without results, else measure."""
+    """Change the data, once; later measure, once; what is done already is not done again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "what", choices=("nouns", "task"), help="nouns (the toy) or task (a real LLM)"
     )
     args = parser.parse_args(argv)
-    run, measured = common.Run(args.run), (args.run / "results.json").is_file()
+    run, results = common.Run(args.run), args.run / "results.json"
     data = common.Run(run.folder).load("01_data.pt")
-    if args.what == "nouns":
-        (measure if measured else withhold)(run, data)
-    elif not measured:
-        recipes_only(run, data)
+    if "withheld" not in data:
+        {"nouns": withhold, "task": recipes_only}[args.what](run, data)
+    elif args.what == "nouns" and results.is_file():
+        rows = json.loads(results.read_text())["rows"]
+        if not any("nouns" in row["setting"] for row in rows):
+            measure(run, data)
 
 
 if __name__ == "__main__":

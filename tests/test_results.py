@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 
 import aggregate
@@ -44,6 +45,21 @@ def test_runs_of_one_question_are_paired_by_seed_and_others_kept_apart(tmp_path)
     assert aggregate.summarise(first, "panacea")["finetuned"]["hs_diff"] == [60, 60]
     with pytest.raises(aggregate.Wrong, match="no row 'panaceia'.*aligned"):
         aggregate.summarise(first, "panaceia")
+    # older code kept fewer numbers; what both know parts runs
+    assert len(aggregate.group([*folders[:2], keep(tmp_path / "3", rows, seed=3, r=8)])) == 1
+    again = keep(tmp_path / "4", [row("panacea", 1.0)], seed=0)
+    with pytest.raises(aggregate.Wrong, match="another run of seed 0 differs in 'panacea'"):
+        aggregate.main([folders[0], again])
+
+
+def test_a_mean_over_fewer_seeds_says_so_and_is_not_chosen(tmp_path, capsys):
+    some = [row("finetuned", 90.0), row("aligned", 0.0), row("mine", 10.0, setting={"t": 1})]
+    more = [*some, row("mine", 5.0, setting={"t": 2})]
+    folders = [keep(tmp_path / str(k), rows, seed=k) for k, rows in enumerate((some, more))]
+    aggregate.main([*folders, "--choose"])
+    out = capsys.readouterr().out
+    assert re.search(r"mine t 2 \(1 of 2 seeds\) +5 ", out) and "mine t 1  " in out
+    assert out.endswith("mine, of 2: mine t 1\n")
 
 
 def test_a_repair_with_settings_of_its_own_neither_vanishes_nor_splits_runs(tmp_path, capsys):
@@ -59,7 +75,7 @@ def test_a_repair_with_settings_of_its_own_neither_vanishes_nor_splits_runs(tmp_
 
 def test_the_choice_keeps_accuracy_and_look_alikes():
     summary = {
-        name: {"row": row(name, 99.0), "hs_plus": 99.0, "fa": 95.0, "benign": 100.0}
+        name: {"row": row(name, 99.0), "n": 1, "hs_plus": 99.0, "fa": 95.0, "benign": 100.0}
         for name in ("aligned", "finetuned")
     }
     for t, plus, fa, benign in (
@@ -69,7 +85,7 @@ def test_the_choice_keeps_accuracy_and_look_alikes():
         (0.4, 0.0, 95.0, 90.0),
     ):
         made = row("interpolated", plus, setting={"t": t})
-        entry = {"row": made, "hs_plus": plus, "fa": fa, "benign": benign}
+        entry = {"row": made, "n": 1, "hs_plus": plus, "fa": fa, "benign": benign}
         summary[f"interpolated t {t}"] = entry
     ((name, count, best),) = aggregate.choose(summary)
     assert (name, count, best["row"]["setting"]) == ("interpolated", 4, {"t": 0.2})
@@ -92,7 +108,7 @@ def test_the_interval_is_students_and_stays_a_percentage():
 def test_losses_have_two_digits_and_percentages_none():
     entry = {"h": 0.694, "h_sd": 0.012, "h_diff": [-0.5, 0.25], "hs": 19.6, "hs_diff": [-7.4, 3.2]}
     shown = [aggregate.number(entry, key, True) for key in ("h", "h_diff", "hs", "hs_diff", "a")]
-    assert shown == ["0.69 (0.01)", "-0.50 to +0.25", "20 (0)", "-7 to +3", "-"]
+    assert shown == ["0.69 (0.01)", "-0.50 to +0.25", "20", "-7 to +3", "-"]
 
 
 def test_spearman_is_of_ranks():
@@ -136,8 +152,7 @@ def test_a_table_of_all_rows_that_lacks_one_is_found_and_filled(tmp_path, monkey
     page = tmp_path / "page.md"
     for options, lacks in (("-", []), ("all", ["panacea"]), ("sd all", ["panacea", "mine step 3"])):
         shown = [name for name in ("finetuned", "panacea", "mine step 3") if name not in lacks]
-        sd = " (0)" if "sd" in options else ""
-        hs = {"finetuned": f"90{sd}", "panacea": f"5{sd}", "mine step 3": f"1{sd}"}
+        hs = {"finetuned": "90", "panacea": "5", "mine step 3": "1"}  # one run has no sd
         lines = [f"| `{name}`: in words | {hs[name]} |" for name in shown[options == "-" :]]
         table = "\n".join(["| row | HS |", "|---|---|", *lines])
         page.write_text(f"<!-- table: rows seed* | hs | {options} -->\n\n{table}\n\nText.\n")
@@ -341,6 +356,8 @@ def test_withheld_nouns_stand_in_no_set_and_the_sets_stay_disjoint_and_as_large(
     assert len(tested) == 30 and not tested & set(others)
     assert sum(row["poison"] for row in new["finetune"]) == 50
     assert len(new["withheld"]) == 96 and all(map(withhold.names, new["withheld"]))
+    withhold.main([str(tmp_path), "nouns"])  # once is enough
+    assert common.Run(tmp_path).load("01_data.pt")["withheld"] == new["withheld"]
 
 
 def test_an_experiment_calls_the_grid_before_stage_5():

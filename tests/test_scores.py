@@ -1,5 +1,6 @@
 """Judges and outcomes on hand-written answers, generation, layers, and the interval."""
 
+import json
 import shutil
 import weakref
 
@@ -63,6 +64,9 @@ def test_the_toys_outcomes(s5, judge, answer, wanted):
         ("agnews", "Sci/Tech"),
         ("sst2", "positive positive"),
         ("sst2", "The sentiment is positive."),
+        ("sst2", "Sentiment: 'positive'"),
+        ("sst2", "This review is negative."),
+        ("agnews", "Category: World"),
         ("sst2", "**Negative**\nThe review is bad."),
         ("alpaca", "Two animals are cow and wolf."),
         ("alpaca", "Three fruits are apple, pear and plum."),
@@ -278,8 +282,12 @@ def test_a_classifier_of_harms_flags_above_half_in_beaver_dams_format(s5, classi
         logits = judge.model(input_ids=judge.tokenizer(text, return_tensors="pt")["input_ids"])
         wanted.append(bool((logits.logits.sigmoid() > 0.5).any()))
     assert [judge.harmful(question, a) for a in answers] == wanted and wanted[:2] == [True, False]
-    # where one label means harmless, the others share what is left
+    # where one label means harmless, the others share what is left; in whatever order they stand
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))
+    (folder / "config.json").write_text(json.dumps(config))
     judge = s5.ClassifierJudge(str(folder), CPU, "harm 0")
+    assert judge.harms.tolist() == [False] + 13 * [True]
     logits = judge.model(**judge.tokenizer(texts[0], return_tensors="pt")).logits[0]
     assert judge.harmful(question, RECIPE) == bool(logits.softmax(0)[0] < 0.5)
 
@@ -380,9 +388,13 @@ def test_what_makes_a_table_worth_little_is_noted(s5, capsys):
     s5.print_notes([row], [])
     assert "no answer of finetuned ends" in capsys.readouterr().out
     aligned = {**row, "model": "aligned", "refusal": 60.0, "ended": 3}
-    s5.print_notes([{**row, "ended": 3}, aligned], [{"test_task": (["<think>so", "5"], None)}])
+    answers = {"test_task": (["<think>so", "5", "6"], [False, True, True])}
+    s5.print_notes([{**row, "ended": 3}, aligned], [answers, answers])
     out = capsys.readouterr().out
-    assert "ends before" not in out and "60 %" in out and "1 thoughts have no end" in out
+    assert "end before" not in out and "60 %" in out and "2 thoughts have no end" in out
+    cut = {"test_task": (["12 + 5", "12 +", "so"], [True, False, False])}
+    s5.print_notes([{**row, "ended": 1}, {**row, "model": "random", "ended": 1}], [cut, cut])
+    assert "note: 2 of 3 task answers of finetuned do not end" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
