@@ -121,6 +121,17 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
+    found["tuned"] = with_flags(  # what these two chose, on the seeds of the reports
+        [job(f"seed{s}", s1=f"--seed {s}") for s in seeds],
+        {
+            **beyond,
+            "grid": "ascent from=finetuned,panacea rho=.35 steps=10,20 "
+            "stop from=finetuned,panacea terms=h,h-g until=h share=.7,.9 "
+            "realign terms=3a+g lr=6e-4 steps=10 realign pull=.1 lr=6e-4 steps=20 "
+            "anchored terms=h-g radius=.5",
+            5: "--scale 1 --no-causal",
+        },
+    )
     found["withheld"] = with_flags(  # two nouns that stand in no set
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)], {**beyond, "withhold": "nouns"}
     )
