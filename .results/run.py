@@ -127,7 +127,7 @@ def experiments():
             **beyond,
             "grid": "ascent from=finetuned,panacea rho=.35 steps=10,20 "
             "stop from=finetuned,panacea terms=h,h-g until=h share=.7,.9 "
-            "realign terms=3a+g lr=6e-4 steps=10 realign pull=.1 lr=6e-4 steps=20 "
+            "realign terms=3a+g lr=6e-4 steps=10 realign pull=.1 lr=6e-4 steps=10,20 "
             "anchored terms=h-g radius=.5",
             5: "--scale 1 --no-causal",
         },
