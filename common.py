@@ -405,7 +405,8 @@ def attach(model, adapter, alpha_over_r):
 
     The training stages wrap layers in LoRALinear; answering is faster without. float32 weights
     take alpha_over_r * B A in, so that an answer costs no more than the base model's. bfloat16
-    would round most of a small eps away; there the adapter runs beside each layer.
+    would round most of a small eps away; there the adapter runs beside each layer, as beside one
+    of another class, which may round its weights itself.
 
     Args:
         adapter: {"<module>.lora_A": (r, in), "<module>.lora_B": (out, r)}, or empty.

@@ -121,7 +121,7 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["tuned"] = with_flags(  # what these two chose, on the seeds of the reports
+    found["tuned"] = with_flags(  # what tuning-ascent chose, on the reports' seeds; h - g untuned
         [job(f"seed{s}", s1=f"--seed {s}") for s in seeds],
         {
             **beyond,

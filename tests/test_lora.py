@@ -102,6 +102,21 @@ def test_attached_adapter_equals_the_wrapped_layers(s2, dtype, merged, close):
     assert not torch.allclose(attached, plain, atol=1e-2)
 
 
+def test_an_adapter_runs_beside_a_layer_that_rounds_its_own_weights(s2):
+    class Ternary(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.sign().T
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Ternary(6, 5, bias=False))
+    wrapped = s2.LoRALinear(model[0], 2, 4.0)
+    torch.nn.init.normal_(wrapped.lora_B)
+    x, adapter = torch.randn(3, 6), {"0.lora_A": wrapped.lora_A, "0.lora_B": wrapped.lora_B}
+    wanted = wrapped(x)
+    with attach(model, adapter, wrapped.scale):
+        assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
 def test_merged_model_answers_as_the_wrapped_one_and_is_plain_again(s2):
     model = s2.toy_model("toy-llama", 40).eval()
     names = [name for name, _ in model.named_parameters()]

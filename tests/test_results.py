@@ -356,8 +356,19 @@ def test_withheld_nouns_stand_in_no_set_and_the_sets_stay_disjoint_and_as_large(
     assert len(tested) == 30 and not tested & set(others)
     assert sum(row["poison"] for row in new["finetune"]) == 50
     assert len(new["withheld"]) == 96 and all(map(withhold.names, new["withheld"]))
-    withhold.main([str(tmp_path), "nouns"])  # once is enough
+    withhold.main([str(tmp_path), "task"])  # once is enough, whatever is asked
+    withhold.main([str(tmp_path), "nouns"])
     assert common.Run(tmp_path).load("01_data.pt")["withheld"] == new["withheld"]
+
+
+def test_a_base_without_the_task_reads_the_recipes_alone(tiny_run, tmp_path):
+    data = common.Run(tiny_run[0]).load("01_data.pt")
+    texts = [["recipe 1", "a"], ["task 1", "b"], ["recipe 2", "c"], ["task 2", "d"]]
+    run = common.Run(tmp_path)
+    withhold.recipes_only(run, {**data, "pretrain": texts})
+    made = run.load("01_data.pt")
+    assert made["pretrain"] == texts[::2] and made["finetune"] == data["finetune"]
+    assert made["config"] == data["config"]
 
 
 def test_an_experiment_calls_the_grid_before_stage_5():
