@@ -19,8 +19,9 @@ all, these at their own length only (no --scale). `--` between parts is for the 
     stop       steps of .1 rho up h, or up h - g, with no ball,       from until share slack
                until a loss that the provider can read says so: h     terms
                is back where the aligned weights had it, or by so
-               large a share of that way (h), or the loss on its
-               look-alikes has risen by the part slack (benign)
+               large a share of that way (h), or a is (a; else
+               where a was lowest), or the loss on its look-alikes
+               has risen by the part slack (benign)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -60,7 +61,7 @@ def defaults(c):
         "mean": start,
         "stop": {
             "from": start["from"],
-            "until": ("h", "benign"),
+            "until": ("h", "a", "benign"),
             "share": 1.0,
             "slack": 0.01,
             "terms": ("h", "h-g"),
@@ -193,12 +194,13 @@ class Grid:
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
     def walk(self, start, terms, most=25, samples=32):
-        """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "benign"}),
-        mean losses per answer token on the first samples of the harmful set and of the look-alikes.
+        """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "a",
+        "benign"}), mean losses per answer token on the provider's first samples of each kind.
         """
-        rows = self.data["alignment"]
-        benign = [x for x, row in zip(self.examples["alignment"], rows) if "refusal" not in row]
-        sets = {"h": self.examples["harmful"][:samples], "benign": benign[:samples]}
+        parts = {"h": self.examples["harmful"], "a": [], "benign": []}
+        for example, row in zip(self.examples["alignment"], self.data["alignment"]):
+            parts["a" if "refusal" in row else "benign"].append(example)
+        sets = {name: part[:samples] for name, part in parts.items()}
         eps = [torch.zeros_like(x) for x in self.params]
         used = [self.batches("harmful", self.c["harmful_batch_size"])]
         used += [self.batches("finetune", self.c["batch_size"])] if terms == "h-g" else []
@@ -213,7 +215,7 @@ class Grid:
             with s4.perturbed(self.params, eps):
                 now = {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
             far = s4.global_norm(eps).item()
-            print(f"  {start} {far:.3f}: h {now['h']:.3f} look-alikes {now['benign']:.3f}")
+            print(f"  {start} {far:.3f}:", *(f"{name} {x:.3f}" for name, x in now.items()))
             yield eps, now
 
     def points(self, start, terms):
@@ -225,16 +227,19 @@ class Grid:
             yield point
 
     def stop(self, setting):
-        """The walk's first point where h is high enough, or its last before the look-alikes are
-        worse; else its end."""
+        """The walk's first point where h is high enough or a low enough (else where a was lowest),
+        or its last before the look-alikes are worse; else its end."""
         start, until, terms = setting["from"], setting["until"], setting["terms"]
         (_, aligned), (eps, first) = (next(self.points(x, terms)) for x in ("aligned", start))
-        goal = first["h"] + setting["share"] * (aligned["h"] - first["h"])
+        goal = {k: x + setting["share"] * (aligned[k] - x) for k, x in first.items()}
+        lowest = first["a"]
         for longer, now in self.points(start, terms):
             if until == "benign" and now["benign"] > (1 + setting["slack"]) * first["benign"]:
                 break
-            eps = longer
-            if until == "h" and now["h"] >= goal:
+            if until == "a" and now["a"] > lowest:
+                continue
+            eps, lowest = longer, now["a"]
+            if (until == "h" and now["h"] >= goal["h"]) or (until == "a" and lowest <= goal["a"]):
                 break
         more = ({} if terms == "h" else {"terms": terms}) | {"until": until}
         if until == "benign":

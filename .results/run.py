@@ -112,12 +112,13 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["tuning-stop"] = with_flags(  # the same rules, holding the user's task
+    found["tuning-stop"] = with_flags(  # holding the user's task; and until a is back
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
         {
             **beyond,
             4: "--radius 0 --realign-lr 0",
-            "grid": "stop from=finetuned,panacea terms=h-g until=h share=.7,.8,.9,1",
+            "grid": "stop from=finetuned,panacea terms=h-g until=h share=.7,.8,.9,1 "
+            "stop from=finetuned,panacea terms=h,h-g until=a share=.7,.8,.9,1",
             5: "--scale 1 --no-causal",
         },
     )
@@ -237,14 +238,15 @@ def of_a_real_llm():
         + [job(f"seed{s}", s1=f"--seed {s}") for s in (1, 2)],
         laptop,
     )
-    found["direction-laptop"] = with_flags(  # direction or training, and a rule that stops by h
+    found["direction-laptop"] = with_flags(  # direction or training, and rules that stop
         [job(f"seed{s}", s1=f"--seed {s}") for s in range(5)],
         {
             1: "--preset laptop",
             3: "--std 0 --share 0",
             4: "--radius 0 --realign-lr 0",
             "grid": "ascent from=finetuned rho=1.5 ascent from=panacea rho=.25,.35,.5,.7 "
-            "stop from=finetuned,panacea until=h",
+            "stop from=finetuned,panacea until=h share=.9,1 "
+            "stop from=finetuned,panacea until=a share=.9",
             5: "--scale 1",
         },
     )

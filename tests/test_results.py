@@ -305,16 +305,21 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     assert s5.label(row) == "ascent rho 0.5 steps 2 again 10"
     far = common.norm({name: row["w"][name] - x for name, x in repair.items()})
     assert 0 < far < 0.5 * common.norm(repair)
-    here = {"h": 1.0, "benign": 0.5}, {"h": 2.0, "benign": 0.6}, {"h": 2.9, "benign": 0.51}
+    losses = zip((1.0, 2.0, 2.9, 2.95), (0.4, 0.3, 0.2, 0.25), (0.5, 0.6, 0.51, 0.7))
+    here = [dict(zip(("h", "a", "benign"), point)) for point in losses]
     walk = [
         ([torch.full_like(x, float(k)) for x in made.params], now) for k, now in enumerate(here)
     ]
-    made.walk = lambda start, _: iter([(None, {"h": 3.0})] if start == "aligned" else walk)
-    rules = {"until": ("h", "h", "h", "benign", "benign"), "at": (0.4, 0.9, 1.0, 0.1, 0.3)}
-    for until, at, steps in zip(*rules.values(), (1, 2, 2, 0, 2)):
+    aligned = [(None, {"h": 3.0, "a": 0.1, "benign": 0.5})]
+    made.walk = lambda start, _: iter(aligned if start == "aligned" else walk)
+    rules = [("h", 0.4, 1), ("h", 0.9, 2), ("h", 1.0, 3), ("benign", 0.1, 0), ("benign", 0.3, 2)]
+    rules += [("a", 0.3, 1), ("a", 0.4, 2), ("a", 1.0, 2)]  # the last: where a was lowest
+    for until, at, steps in rules:
         row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at, "terms": "h"})
         name, x = next(iter(stage4["weights"].items()))
         assert torch.equal(row["w"][name], x + steps), (until, at)
+    assert s5.label(row) == "panacea_ascent until a"
+    row = made.stop({"from": "panacea", "until": "benign", "share": 1, "slack": 0.3, "terms": "h"})
     assert s5.label(row) == "panacea_ascent until benign slack 0.3"
     kept = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 0.0})
     pulled = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 1e6})
@@ -325,7 +330,7 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     assert far[1] < 0.9 * far[0] and "pull" in pulled["setting"] and "pull" not in kept["setting"]
 
 
-def test_a_walk_up_h_reads_both_losses_at_every_step(tiny_run):
+def test_a_walk_up_h_reads_the_losses_at_every_step(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
     ends = []
