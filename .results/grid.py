@@ -19,9 +19,11 @@ all, these at their own length only (no --scale). `--` between parts is for the 
     stop       steps of .1 rho up h, or up h - g, with no ball,       from until share slack
                until a loss that the provider can read says so: h     terms
                is back where the aligned weights had it, or by so
-               large a share of that way (h), or a is (a; else
-               where a was lowest), or the loss on its look-alikes
-               has risen by the part slack (benign)
+               large a share of that way (h), or the loss on its
+               look-alikes has risen by the part slack (benign)
+    back       the same steps, the last one cut where h (or a) is     from of share terms
+               by the part share back where the aligned weights had
+               it; if it never is, where it came nearest
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -61,9 +63,15 @@ def defaults(c):
         "mean": start,
         "stop": {
             "from": start["from"],
-            "until": ("h", "a", "benign"),
+            "until": ("h", "benign"),
             "share": 1.0,
             "slack": 0.01,
+            "terms": ("h", "h-g"),
+        },
+        "back": {
+            "from": start["from"],
+            "of": ("h", "a"),
+            "share": 1.0,
             "terms": ("h", "h-g"),
         },
         "again": {"of": REPAIRS, "samples": 50},
@@ -227,19 +235,16 @@ class Grid:
             yield point
 
     def stop(self, setting):
-        """The walk's first point where h is high enough or a low enough (else where a was lowest),
-        or its last before the look-alikes are worse; else its end."""
+        """The walk's first point where h is high enough, or its last before the look-alikes are
+        worse; else its end."""
         start, until, terms = setting["from"], setting["until"], setting["terms"]
         (_, aligned), (eps, first) = (next(self.points(x, terms)) for x in ("aligned", start))
-        goal = {k: x + setting["share"] * (aligned[k] - x) for k, x in first.items()}
-        lowest = first["a"]
+        goal = first["h"] + setting["share"] * (aligned["h"] - first["h"])
         for longer, now in self.points(start, terms):
             if until == "benign" and now["benign"] > (1 + setting["slack"]) * first["benign"]:
                 break
-            if until == "a" and now["a"] > lowest:
-                continue
-            eps, lowest = longer, now["a"]
-            if (until == "h" and now["h"] >= goal["h"]) or (until == "a" and lowest <= goal["a"]):
+            eps = longer
+            if until == "h" and now["h"] >= goal:
                 break
         more = ({} if terms == "h" else {"terms": terms}) | {"until": until}
         if until == "benign":
@@ -248,6 +253,25 @@ class Grid:
             more["share"] = setting["share"]
         made = self.up_h("ascent", setting, self.named(eps), **more)
         return {**made, "norm": s4.global_norm(eps).item()}
+
+    def back(self, setting):
+        """The walk's point, between two steps, where h (or a) is back by the part share; where it
+        came nearest, if it never is; its start, if the attack has not taken any of it."""
+        start, of, terms, share = (setting[key] for key in ("from", "of", "terms", "share"))
+        (_, aligned), (eps, first) = (next(self.points(x, terms)) for x in ("aligned", start))
+        way, before = aligned[of] - first[of], (0.0, eps)  # part of the way back, and its eps
+        nearest = before
+        for longer, now in self.points(start, terms) if way * (1 if of == "h" else -1) > 0 else ():
+            part = (now[of] - first[of]) / way
+            if part >= share:
+                cut = (share - before[0]) / (part - before[0])
+                nearest = share, [x + cut * (y - x) for x, y in zip(before[1], longer)]
+                break
+            before = part, longer
+            nearest = max(nearest, before, key=lambda x: x[0])
+        more = ({} if terms == "h" else {"terms": terms}) | ({} if of == "h" else {"of": of})
+        made = self.up_h("ascent", setting, self.named(nearest[1]), **more, back=share)
+        return {**made, "norm": s4.global_norm(nearest[1]).item()}
 
     def further(self, n):
         """n rows of the user's that are in no set, a tenth of them harmful, as examples."""

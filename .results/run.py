@@ -112,13 +112,12 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["tuning-stop"] = with_flags(  # holding the user's task; and until a is back
+    found["tuning-back"] = with_flags(  # no radius: until h, or a, is back by a part
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
         {
             **beyond,
             4: "--radius 0 --realign-lr 0",
-            "grid": "stop from=finetuned,panacea terms=h-g until=h share=.7,.8,.9,1 "
-            "stop from=finetuned,panacea terms=h,h-g until=a share=.7,.8,.9,1",
+            "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1",
             5: "--scale 1 --no-causal",
         },
     )
@@ -245,8 +244,8 @@ def of_a_real_llm():
             3: "--std 0 --share 0",
             4: "--radius 0 --realign-lr 0",
             "grid": "ascent from=finetuned rho=1.5 ascent from=panacea rho=.25,.35,.5,.7 "
-            "stop from=finetuned,panacea until=h share=.9,1 "
-            "stop from=finetuned,panacea until=a share=.9",
+            "stop from=finetuned,panacea until=h "
+            "back from=finetuned,panacea of=h,a share=.7,.8,.9",
             5: "--scale 1",
         },
     )

@@ -312,15 +312,20 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     ]
     aligned = [(None, {"h": 3.0, "a": 0.1, "benign": 0.5})]
     made.walk = lambda start, _: iter(aligned if start == "aligned" else walk)
+    name, x = next(iter(stage4["weights"].items()))
     rules = [("h", 0.4, 1), ("h", 0.9, 2), ("h", 1.0, 3), ("benign", 0.1, 0), ("benign", 0.3, 2)]
-    rules += [("a", 0.3, 1), ("a", 0.4, 2), ("a", 1.0, 2)]  # the last: where a was lowest
     for until, at, steps in rules:
         row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at, "terms": "h"})
-        name, x = next(iter(stage4["weights"].items()))
         assert torch.equal(row["w"][name], x + steps), (until, at)
-    assert s5.label(row) == "panacea_ascent until a"
-    row = made.stop({"from": "panacea", "until": "benign", "share": 1, "slack": 0.3, "terms": "h"})
     assert s5.label(row) == "panacea_ascent until benign slack 0.3"
+    rules = [("h", 0.25, 0.5), ("h", 0.725, 1.5), ("h", 1.0, 3), ("a", 0.5, 1.5), ("a", 1.0, 2)]
+    for of, share, steps in rules:  # the ends are where h and a came nearest
+        row = made.back({"from": "panacea", "of": of, "share": share, "terms": "h"})
+        torch.testing.assert_close(row["w"][name], x + steps, rtol=1e-5, atol=1e-5)
+    assert s5.label(row) == "panacea_ascent of a back 1"
+    aligned[0][1].update(h=1.0)  # clean data have taken nothing
+    row = made.back({"from": "panacea", "of": "h", "share": 0.5, "terms": "h"})
+    assert torch.equal(row["w"][name], x)
     kept = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 0.0})
     pulled = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 1e6})
     far = [
