@@ -23,7 +23,8 @@ to w. Controls tell them apart (the right column is ours, not the paper's):
 
 `ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
 each, as attacks on inputs do (PGD, arXiv 1706.06083); without a ball, gradient ascent (2210.01504)
-soon destroys the model.
+soon destroys the model. Which radius is right differs from run to run. The rows with `back` need
+none: steps up h - g, which holds the user's task, until h is back where alignment had it.
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
@@ -137,6 +138,8 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
          "where the task's answers are long", low=0),
     Flag("harmful_batch_size", 16, 5, 10, "samples in the batch of h", low=1),
     Flag("ascent_steps", 10, 10, 10, "steps of ascent; 0: no such rows", low=0),
+    Flag("back", 1.0, 1.0, 1.0, "ascent without a radius: until h is this part of the way back to "
+         "where alignment had it; 0: no such rows", low=0),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
     Flag("radius", 0.3, 0.3, 0.2, "anchored eps: largest ||eps|| over ||w - w_aligned||; 0: none",
          low=0),
@@ -210,6 +213,13 @@ def put(w, weights):
 # More than one step: the ascent, and with refusals the anchored eps
 
 
+def uphill(loss, w, eps, batches, factors):
+    """Gradient at w + eps of a sum of losses, one batch and one factor for each."""
+    with perturbed(w, eps):
+        grads = [gradient(loss, w, batch)[0] for batch in batches]
+    return [sum(f * x for f, x in zip(factors, parts)) for parts in zip(*grads)]
+
+
 def climb(loss, w, draws, factors, radius, steps):
     """An eps with ||eps|| <= radius that climbs a weighted sum of losses, by projected steps.
 
@@ -223,13 +233,36 @@ def climb(loss, w, draws, factors, radius, steps):
     """
     eps = [torch.zeros_like(x) for x in w]
     for k, batches in enumerate(itertools.islice(draws, steps)):
-        with perturbed(w, eps):
-            grads = [gradient(loss, w, batch)[0] for batch in batches]
-        uphill = [sum(f * x for f, x in zip(factors, parts)) for parts in zip(*grads)]
         length = 5 * radius * (steps - k) / (steps * (steps + 1))
-        eps = [e + s for e, s in zip(eps, perturbation(uphill, length))]
+        step = perturbation(uphill(loss, w, eps, batches, factors), length)
+        eps = [e + s for e, s in zip(eps, step)]
         shrink = min(1.0, radius / max(global_norm(eps).item(), 1e-12))  # back onto the ball
         eps = [shrink * e for e in eps]
+    return eps
+
+
+def climb_back(loss, w, draws, factors, length, h, goal, most=25):
+    """An eps without a radius: steps of norm `length` up a weighted sum of losses until h() is
+    back at `goal`.
+
+    The last step is cut where h() would meet the goal on a straight line. An h() that is there
+    already gives zero; one that never comes there, all of `most` steps.
+
+    Args:
+        draws, factors: as of climb. h: () -> the loss that is to come back, at w as it is.
+    Returns:
+        eps, a list of new tensors shaped like w.
+    """
+    eps, before = [torch.zeros_like(x) for x in w], h()
+    for batches in itertools.islice(draws, most if before < goal else 0):
+        step = perturbation(uphill(loss, w, eps, batches, factors), length)
+        longer = [e + s for e, s in zip(eps, step)]
+        with perturbed(w, longer):
+            now = h()
+        if now >= goal:
+            cut = (goal - before) / (now - before)
+            return [e + cut * s for e, s in zip(eps, step)]
+        eps, before = longer, now
     return eps
 
 
@@ -259,6 +292,28 @@ def controls(loss, w, attacked, ours, batches, c):
             draws = zip(batches("harmful", c["harmful_batch_size"]))
             eps = copy_of(dict(zip(w, climb(loss, params, draws, (1.0,), rho, steps))))
             rows.append(row(model, {**setting, "steps": steps}, start, eps))
+    return rows
+
+
+def ascents_back(loss, w, aligned, starts, batches, h, c):
+    """Rows of steps up h - g that need no radius: they end where h is a part of the way back.
+
+    Args:
+        aligned: {name: tensor}, w before the attack. starts: {model: {name: tensor}}.
+        batches: as of controls. h: () -> the loss on some harmful samples, at w as it is.
+    """
+    put(w, aligned)
+    before_the_attack, rows = h(), []
+    for model, start in starts.items():
+        put(w, start)
+        now = h()
+        goal = now + c["back"] * (before_the_attack - now)
+        sets = batches("harmful", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
+        eps = climb_back(loss, list(w.values()), zip(*sets), (1, -1), 0.1 * c["rho"], h, goal)
+        norm = global_norm(eps).item()
+        print(f"  {model} back {c['back']:g}: h from {now:.3f} to {goal:.3f}, norm {norm:.3f}")
+        whole = {name: x + e.cpu() for (name, x), e in zip(start.items(), eps)}
+        rows.append(row(model, {"terms": "h-g", "back": c["back"]}, whole, norm=norm))
     return rows
 
 
@@ -460,6 +515,10 @@ def main(argv=None):
         for part in common.draw_batches(examples[name], size, seed, epochs):
             yield common.collate(part, tokenizer.pad_token_id, model.device)
 
+    def harmful_loss():  # per token, on some of the provider's harmful samples, at w as it is
+        losses = common.answer_losses(model, tokenizer, examples["harmful"][:32])
+        return sum(x for x, _ in losses) / sum(n for _, n in losses)
+
     common.describe(model, f"; Panacea with rho {c['rho']:g}, lam {c['lam']:g}")
     result = result or panacea(loss, w, aligned, batches, c)
     ours, first_last = result["weights"], ends_of_h_eps(result["log"])
@@ -476,6 +535,9 @@ def main(argv=None):
     rows = [row("panacea_w", setting, ours)]
     rows.append(row("panacea", setting, ours, result["epsilon"], h_eps=first_last))
     rows += controls(loss, w, attacked, ours, batches, c)
+    if c["back"]:
+        starts = {"ascent": attacked, "panacea_ascent": ours}
+        rows += ascents_back(loss, w, aligned, starts, batches, harmful_loss, c)
     rows += repairs(loss, w, aligned, attacked, batches, c)
     kept = {name: result[name] for name in ("weights", "epsilon", "log")}
     artifact = run.save("04_panacea.pt", c, **kept, rows=rows)

@@ -399,11 +399,11 @@ QUESTIONS = {  # in the story's order, each with its models; one of your own com
 
 def headline(rows):
     """The rows to be read first: of each model the middle setting (of two the first), and scale 1
-    of eps."""
+    of eps; and steps without a radius."""
     first = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [r for r in rows if r["model"] == model and r["defense"] == "sft"]
-        own = [r for r in own if "snapshot" not in r and "view" not in r]
+    for model, back in dict.fromkeys((row["model"], "back" in row["setting"]) for row in rows):
+        own = [r for r in rows if (r["model"], "back" in r["setting"]) == (model, back)]
+        own = [r for r in own if r["defense"] == "sft" and "snapshot" not in r and "view" not in r]
         whole = [r for r in own if r["setting"].get("scale") == 1]
         if own:
             first.append((whole or own)[(len(whole or own) - 1) // 2])

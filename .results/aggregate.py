@@ -167,6 +167,7 @@ def choose(summary):
             setting = row["setting"]
             parts = [row["model"], setting.get("terms"), "with a pull" * ("pull" in setting)]
             parts += [f"until {setting['until']}"] if "until" in setting else []
+            parts += [setting.get("of", "h"), "back"] if "back" in setting else []
             tried.setdefault(" ".join(filter(None, parts)), []).append(entry)
     chosen, seeds = [], max(entry["n"] for entry in summary.values())
     for name, entries in tried.items():
@@ -680,7 +681,8 @@ def along(summary, model, rho=0.5):
     points = {0.0: summary[start]}
     for entry in summary.values():
         row, setting = entry["row"], entry["row"]["setting"]
-        if row["model"] == model and "samples" not in setting and setting.get("steps", 10) == 10:
+        usual = "rho" in setting and "samples" not in setting and setting.get("steps", 10) == 10
+        if row["model"] == model and usual:
             climbed = "ascent" in model and setting.get("scale", 1) == 1
             if climbed:
                 points[setting["rho"]] = entry

@@ -230,6 +230,33 @@ def test_several_steps_up_h_end_higher_than_one_of_the_same_norm(s4, net):
     assert found["ten"] > found["one"]
 
 
+def test_steps_without_a_radius_end_where_h_is_back(s4, net):
+    model, w, user, harmful = net
+    start = [x.detach().clone() for x in w]
+
+    def h():
+        return model.loss(harmful).item()
+
+    def climbed(goal, most=25):
+        draws = itertools.repeat((harmful, user))
+        return s4.climb_back(model.loss, w, draws, (1.0, -1.0), 0.1, h, goal, most)
+
+    first = h()
+    for rise in (0.001, 0.05, 0.2):  # within a step, and some steps away
+        with s4.perturbed(w, climbed(first + rise)):
+            assert h() == pytest.approx(first + rise, abs=1e-3)
+    assert all(torch.equal(x, y) for x, y in zip(w, start))
+    assert not any(x.any() for x in climbed(first))  # nothing was taken: nothing to bring back
+    eps = [torch.zeros_like(x) for x in w]
+    for _ in range(3):  # far away: all the steps, each from w + eps
+        with s4.perturbed(w, eps):
+            grads = torch.autograd.grad(model.loss(harmful) - model.loss(user), w)
+        norm = torch.sqrt(sum(x.pow(2).sum() for x in grads))
+        eps = [e + 0.1 * x / norm for e, x in zip(eps, grads)]
+    found = climbed(1e6, most=3)
+    assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
+
+
 @pytest.fixture()
 def small(s2, s4):
     """(loss, w, attacked, aligned, batches, numbers): a random toy with an adapter on q_proj."""
@@ -266,6 +293,30 @@ def test_each_control_starts_where_it_says_and_has_norm_rho(s4, small):
             assert torch.allclose(x, eps, atol=1e-7)
     none = s4.controls(loss, w, attacked, ours, batches, {**c, "ascent_steps": 0})
     assert [row["model"] for row in none] == ["random_matched", "one_shot"]
+
+
+def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
+    loss, w, attacked, ours, batches, c = small
+    params, harmful = list(w.values()), next(batches("harmful", 2))
+
+    def h_at(weights):
+        s4.put(w, weights)
+        return loss(harmful).item()
+
+    s4.put(w, attacked)
+    eps = s4.climb(loss, params, itertools.repeat((harmful,)), (1.0,), 0.6, 10)
+    aligned = {name: attacked[name] + e for name, e in zip(w, eps)}
+    top, start = h_at(aligned), h_at(attacked)
+    starts = {"ascent": attacked, "panacea_ascent": aligned}
+    made = s4.ascents_back(
+        loss, w, aligned, starts, batches, lambda: loss(harmful).item(), {**c, "back": 0.5}
+    )
+    assert top > start and [row["model"] for row in made] == list(starts)
+    assert h_at(made[0]["w"]) == pytest.approx((top + start) / 2, abs=0.01 * (top - start))
+    far = common.norm({name: made[0]["w"][name] - x for name, x in attacked.items()})
+    assert made[0]["norm"] == pytest.approx(far, rel=1e-4)
+    assert made[1]["norm"] == 0  # h is there already
+    assert all(torch.equal(made[1]["w"][name], x) for name, x in aligned.items())
 
 
 def test_each_repair_starts_from_the_attacked_weights(s4, small):
@@ -335,7 +386,7 @@ def test_an_eps_that_went_past_the_refusals_is_said(s4, copied, capsys):
         log = [{**entry, "h_eps": 1.5} for entry in kept["log"]]
         log[-1]["h_eps"] = last
         torch.save({**kept, "log": log}, copied / "04_panacea.pt")
-        flags = ["--repairs-only", "--radius", "0", "--ascent-steps", "0"]
+        flags = ["--repairs-only", "--radius", "0", "--ascent-steps", "0", "--back", "0"]
         made = s4.main(["--run", str(copied), "--device", "cpu", *flags])
         assert ("rose in training, from 1.50 to" in capsys.readouterr().out) is said
         (row,) = (row for row in made["rows"] if row["model"] == "panacea")

@@ -335,6 +335,19 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     assert far[1] < 0.9 * far[0] and "pull" in pulled["setting"] and "pull" not in kept["setting"]
 
 
+def test_the_grid_ends_where_stage_4_does(tiny_run):
+    stage4 = tiny_run[1]["04_panacea"]
+    made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
+    setting = {"of": "h", "terms": "h-g", "share": stage4["config"]["back"]}
+    for start in ("finetuned", "panacea"):
+        row = made.back({"from": start, **setting})
+        pair = [row, *(x for x in stage4["rows"] if x["setting"] == row["setting"])]
+        theirs = next(x for x in pair[1:] if x["model"] == row["model"])
+        for name, x in theirs["w"].items():
+            torch.testing.assert_close(row["w"][name], x, rtol=1e-4, atol=1e-6)
+        assert row["norm"] > 0
+
+
 def test_a_walk_up_h_reads_the_losses_at_every_step(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
