@@ -246,7 +246,7 @@ def climb_back(loss, w, draws, factors, length, h, goal, most=25):
     back at `goal`.
 
     The last step is cut where h() would meet the goal on a straight line. An h() that is there
-    already gives zero; one that never comes there, all of `most` steps.
+    already gives zero; one that is not after `most` steps, the eps where it came nearest.
 
     Args:
         draws, factors: as of climb. h: () -> the loss that is to come back, at w as it is.
@@ -254,6 +254,7 @@ def climb_back(loss, w, draws, factors, length, h, goal, most=25):
         eps, a list of new tensors shaped like w.
     """
     eps, before = [torch.zeros_like(x) for x in w], h()
+    nearest, highest = eps, before
     for batches in itertools.islice(draws, most if before < goal else 0):
         step = perturbation(uphill(loss, w, eps, batches, factors), length)
         longer = [e + s for e, s in zip(eps, step)]
@@ -263,7 +264,9 @@ def climb_back(loss, w, draws, factors, length, h, goal, most=25):
             cut = (goal - before) / (now - before)
             return [e + cut * s for e, s in zip(eps, step)]
         eps, before = longer, now
-    return eps
+        if now > highest:
+            nearest, highest = eps, now
+    return nearest
 
 
 def controls(loss, w, attacked, ours, batches, c):
@@ -311,7 +314,8 @@ def ascents_back(loss, w, aligned, starts, batches, h, c):
         sets = batches("harmful", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
         eps = climb_back(loss, list(w.values()), zip(*sets), (1, -1), 0.1 * c["rho"], h, goal)
         norm = global_norm(eps).item()
-        print(f"  {model} back {c['back']:g}: h from {now:.3f} to {goal:.3f}, norm {norm:.3f}")
+        with perturbed(w.values(), eps):
+            print(f"  {model}: h from {now:.2f} to {h():.2f} of {goal:.2f}, norm {norm:.2f}")
         whole = {name: x + e.cpu() for (name, x), e in zip(start.items(), eps)}
         rows.append(row(model, {"terms": "h-g", "back": c["back"]}, whole, norm=norm))
     return rows

@@ -255,6 +255,13 @@ def test_steps_without_a_radius_end_where_h_is_back(s4, net):
         eps = [e + 0.1 * x / norm for e, x in zip(eps, grads)]
     found = climbed(1e6, most=3)
     assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
+    told = iter([first, 1.0, 3.0, 2.0])  # after two steps h came nearest
+    draws = itertools.repeat((harmful, user))
+    nearest = s4.climb_back(
+        model.loss, w, draws, (1.0, -1.0), 0.1, lambda: next(told) + 10.0, 1e6, most=3
+    )
+    two = climbed(1e6, most=2)
+    assert all(torch.equal(x, y) for x, y in zip(nearest, two))
 
 
 @pytest.fixture()
