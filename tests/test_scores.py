@@ -579,3 +579,12 @@ def test_models_of_a_stage_that_fits_can_be_looked_at_beside_a_stale_one(tiny_ru
         s5.main([*flags, "--only", "panacea"])
     with pytest.raises(UserError, match="stale"):
         s5.main(flags)
+
+
+def test_the_story_has_one_row_of_each_model_and_the_steps_without_a_radius(s5):
+    settings = [("finetuned", {}), *(("random", {"std": x}) for x in (1, 2, 3))]
+    settings += [("ascent", {"rho": 1, "scale": x}) for x in (0.5, 1)] + [("ascent", {"back": 1})]
+    rows = [common.row(model, setting, {}) for model, setting in settings]
+    rows.append(common.row("finetuned", {}, {}, defense="booster"))
+    rows.append(common.row("finetuned", {}, {}, snapshot=3))
+    assert s5.headline(rows) == [rows[0], rows[2], rows[5], rows[6]]
