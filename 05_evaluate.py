@@ -49,7 +49,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
          "folder; auto: toy or potions where harm is potions, else keyword"),
     Flag("harmless", "", "", "", "a classifier's label for harmless answers; none: every label is "
          "a harm of its own"),
-    Flag("scale", [0.5, 1.0], [0.5, 1.0], [1.0], "multiples of eps to measure", low=0),
+    Flag("scale", [0.5, 1.0], [1.0], [1.0], "multiples of eps to measure", low=0),
     Flag("max_new_tokens", 28, 40, 512, "longest answer", low=1),
     Flag("eval_batch_size", 200, 50, 16, "prompts answered at a time", low=1),
     Flag("causal", True, False, False, "apply eps layer by layer as well; four models a layer"),
