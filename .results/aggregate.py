@@ -567,6 +567,7 @@ STORY = (  # (row of the kept json, its name in the picture)
     ("panacea_w", "Panacea without eps"),
     ("panacea", "Panacea"),
     ("panacea_ascent", "Panacea, ten steps up h"),
+    ("panacea_ascent terms h-g back 1", "Panacea, until h is back"),
     ("panacea_anchored", "anchored (reads refusals)"),
     ("realign", "realign (reads refusals)"),
 )
@@ -606,7 +607,7 @@ def draw_story():
     """What becomes of harmful prompts, and the accuracy on the task, on the toy."""
     from matplotlib.figure import Figure
 
-    (found,) = group(files(".results/direction/seed*"))
+    (found,) = group(files(".results/tuned/seed*"))
     summary = summarise(found)
     entries = [pick(summary, name) for name, _ in STORY]
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
