@@ -341,8 +341,8 @@ def test_the_grid_ends_where_stage_4_does(tiny_run):
     setting = {"of": "h", "terms": "h-g", "share": stage4["config"]["back"]}
     for start in ("finetuned", "panacea"):
         row = made.back({"from": start, **setting})
-        pair = [row, *(x for x in stage4["rows"] if x["setting"] == row["setting"])]
-        theirs = next(x for x in pair[1:] if x["model"] == row["model"])
+        asked = row["model"], row["setting"]
+        (theirs,) = (x for x in stage4["rows"] if (x["model"], x["setting"]) == asked)
         for name, x in theirs["w"].items():
             torch.testing.assert_close(row["w"][name], x, rtol=1e-4, atol=1e-6)
         assert row["norm"] > 0
