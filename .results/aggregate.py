@@ -628,37 +628,41 @@ def draw_story():
 
 
 MAP = (  # (runs, key of their config, its name on the axis, factor, the default there, line's name)
-    (".results/map-sst2/*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
-    (".results/map-agnews/*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
+    (".results/map/sst2-lr*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
+    (".results/map/agnews-lr*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
     (
-        ".results/map-depth/*,.results/map-sst2/lr2e-4-*",
+        ".results/map/sst2-epochs*,.results/map/sst2-lr2e-4-*",
         *("align_epochs", "epochs of alignment", 1, "12", "toy, sst2"),
     ),
     (
-        ".results/map-laptop/*,.results/laptop-sst2/seed*",
+        ".results/map-laptop/*,.results/direction-laptop/seed*",
         *("lr", "attack's learning rate, 1e-5", 1e5, "10", "SmolLM2, sst2"),
     ),
 )
 
 
 def draw_map():
-    """Outcomes against the attack's strength and the alignment's depth, for four models."""
+    """Outcomes against the attack's strength and the alignment's depth, for five models.
+
+    Where a model was not measured its place stays empty.
+    """
     from matplotlib.figure import Figure
 
     models = (
         ("finetuned", "attacked"),
         ("one_shot", "one step up h (lam = 0)"),
+        ("ascent", "ten steps"),
         ("panacea", "Panacea"),
-        ("realign", "realign (reads refusals)"),
+        ("panacea_ascent terms h-g back 1", "Panacea, until h is back"),
     )
-    figure = Figure(figsize=(11, 2.9 * len(MAP)), layout="constrained")
+    figure = Figure(figsize=(13, 2.7 * len(MAP)), layout="constrained")
     axes = figure.subplots(len(MAP), len(models), sharey=True)
     for k, (pattern, key, what, factor, default, task) in enumerate(MAP):
         groups = sorted(group(files(pattern)), key=lambda g: g["config"][key])
         sums = [summarise(found) for found in groups]
         places = [f"{g['config'][key] * factor:g}" for g in groups]
         for axis, (model, name) in zip(axes[k], models):
-            entries, start = [pick(s, model) for s in sums], np.zeros(len(sums))
+            entries, start = [found_or_empty(s, model) for s in sums], np.zeros(len(sums))
             for kind, colour in OUTCOMES.items():
                 part = np.array([entry[kind] for entry in entries])
                 axis.bar(places, part, bottom=start, color=colour, label=kind.replace("_", " "))
@@ -671,6 +675,14 @@ def draw_map():
         axes[k][0].set_ylabel(f"{task}, %")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=6)
     save(figure, ROOT / ".assets/map.png")
+
+
+def found_or_empty(summary, name):
+    """The entry of a row, or one that draws nothing."""
+    try:
+        return pick(summary, name)
+    except Wrong:
+        return dict.fromkeys((*OUTCOMES, "fa"), np.nan)
 
 
 def along(summary, model, rho=0.5):

@@ -99,6 +99,25 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
+    found["map"] = with_flags(  # where it ends: the attack's strength, depth, lam
+        [
+            job(f"{task}-lr{lr}-seed{s}", s1=f"--seed {s} --task {task}", s2=f"--lr {lr}")
+            for s in range(5)
+            for task in ("sst2", "agnews")
+            for lr in LRS
+        ]
+        + [
+            job(f"sst2-epochs{d}-seed{s}", s1=f"--seed {s}", s2=f"--align-epochs {d}")
+            for s in range(5)
+            for d in (2, 4, 8, 16)
+        ]
+        + [
+            job(f"sst2-lam{lam}-seed{s}", s1=f"--seed {s}", s4=f"--lam {lam}")
+            for s in range(5)
+            for lam in ("0.03", "0.2")
+        ],
+        {2: SFT, 3: "--std 0 --share 0 --t 0.5", 5: "--scale 0.5 1 --no-causal"},
+    )
     found["tuning-ascent"] = with_flags(  # 24 settings each, as Panacea; and rules
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
         {
