@@ -51,7 +51,7 @@ from torch import nn
 DEFENSES = ["sft", "vaccine", "repnoise", "booster"]
 # fmt: off
 FLAGS = [  # name, default of toy, laptop, paper, meaning
-    Flag("defense", ["sft", "repnoise"], ["sft"], ["sft"],  # one more: half a minute
+    Flag("defense", ["sft", "repnoise"], ["sft"], ["sft"],  # one more: a quarter of a minute
          f"how to align, one or several: {', '.join(DEFENSES)}", choices=tuple(DEFENSES)),
     Flag("align_epochs", 12, 3, 20, "epochs over the alignment set; 0 for a chat model", low=0),
     Flag("align_lr", 2e-3, 1e-3, 5e-4, "learning rate of alignment", low=0),
