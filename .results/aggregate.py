@@ -628,8 +628,14 @@ def draw_story():
 
 
 MAP = (  # (runs, key of their config, its name on the axis, factor, the default there, line's name)
-    (".results/map/sst2-lr*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
-    (".results/map/agnews-lr*", "lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
+    (
+        ".results/map/sst2-lr*",
+        *("lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
+    ),
+    (
+        ".results/map/agnews-lr*",
+        *("lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
+    ),
     (
         ".results/map/sst2-epochs*,.results/map/sst2-lr2e-4-*",
         *("align_epochs", "epochs of alignment", 1, "12", "toy, sst2"),
@@ -644,7 +650,7 @@ MAP = (  # (runs, key of their config, its name on the axis, factor, the default
 def draw_map():
     """Outcomes against the attack's strength and the alignment's depth, for five models.
 
-    Where a model was not measured its place stays empty.
+    Where a model was not measured its place says so.
     """
     from matplotlib.figure import Figure
 
@@ -662,14 +668,21 @@ def draw_map():
         sums = [summarise(found) for found in groups]
         places = [f"{g['config'][key] * factor:g}" for g in groups]
         for axis, (model, name) in zip(axes[k], models):
-            entries, start = [found_or_empty(s, model) for s in sums], np.zeros(len(sums))
+            entries = {x: entry for x, s in enumerate(sums) if (entry := measured(s, model))}
+            start = np.zeros(len(entries))
             for kind, colour in OUTCOMES.items():
-                part = np.array([entry[kind] for entry in entries])
-                axis.bar(places, part, bottom=start, color=colour, label=kind.replace("_", " "))
+                part = np.array([entry[kind] for entry in entries.values()])
+                axis.bar(
+                    list(entries), part, bottom=start, color=colour, label=kind.replace("_", " ")
+                )
                 start += part
-            axis.plot(places, [e["fa"] for e in entries], "k.-", label="accuracy on the task")
-            axis.set(ylim=(0, 100), xlabel=what)
+            accuracies = [entry["fa"] for entry in entries.values()]
+            axis.plot(list(entries), accuracies, "k.-", label="accuracy on the task")
+            axis.set(ylim=(0, 100), xlim=(-0.6, len(places) - 0.4), xlabel=what)
+            axis.set_xticks(range(len(places)), places)
             axis.get_xticklabels()[places.index(default)].set_fontweight("bold")
+            for x in set(range(len(places))) - set(entries):
+                axis.text(x, 50, "not run", rotation=90, ha="center", va="center", color="grey")
             if k == 0:
                 axis.set_title(name)
         axes[k][0].set_ylabel(f"{task}, %")
@@ -677,12 +690,12 @@ def draw_map():
     save(figure, ROOT / ".assets/map.png")
 
 
-def found_or_empty(summary, name):
-    """The entry of a row, or one that draws nothing."""
+def measured(summary, name):
+    """The entry of a row, or None."""
     try:
         return pick(summary, name)
     except Wrong:
-        return dict.fromkeys((*OUTCOMES, "fa"), np.nan)
+        return None
 
 
 def along(summary, model, rho=0.5):
