@@ -629,11 +629,11 @@ def draw_story():
 
 MAP = (  # (runs, key of their config, its name on the axis, factor, the default there, line's name)
     (
-        ".results/map/sst2-lr*",
+        ".results/map/sst2-lr[1246]e-*",
         *("lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, sst2"),
     ),
     (
-        ".results/map/agnews-lr*",
+        ".results/map/agnews-lr[1246]e-*",
         *("lr", "attack's learning rate, 1e-4", 1e4, "2", "toy, agnews"),
     ),
     (
