@@ -31,7 +31,7 @@ TINY_FLAGS = {  # six stages in seconds: every path, nothing learnt
 }
 STORY_FLAGS = {  # the toy, shortened: long enough for every sentence but the vaccines'
     **dict.fromkeys(STAGES, ""),
-    "01_data": "--seed 100",
+    "01_data": "--seed 100 --n-test 100",
     "02_finetune": "--defense sft --snapshots 2",
     "03_random_perturb": "--std 0.02 0.1 --t 0.5 --share 0.01",
     "05_evaluate": "--scale 0.5 1",

@@ -87,8 +87,7 @@ def test_the_layers_of_the_story_are_measured_as_the_whole_is(story):
     rows = headline(json.loads((story[0] / "results.json").read_text())["rows"])
     for end, model in (("all", "panacea"), ("none", "panacea_w")):
         for key in ("hs", "hs_plus", "refusal", "fa"):
-            # the layers are measured on the first 100 of the 200 prompts
-            assert content["ends"][end][key] == pytest.approx(rows[model][key], abs=8)
+            assert content["ends"][end][key] == pytest.approx(rows[model][key], abs=1)
     assert content["ends"]["all"]["hs"] < content["ends"]["none"]["hs"]
 
 
