@@ -273,9 +273,7 @@ def of_a_real_llm():
         ("lr4e-5", {2: "--lr 4e-5"}),
         ("agnews", {1: "--task agnews"}),
     ):
-        found[f"direction-laptop-{kind}"] = with_flags(found["direction-laptop"], {})
-        for _, flags in found[f"direction-laptop-{kind}"]:
-            flags.update({k: f"{flags[k]} {text}".strip() for k, text in more.items()})
+        found[f"direction-laptop-{kind}"] = with_flags(found["direction-laptop"], more)
     found["direction-recipes"] = [  # the same, on a base that has not read the task
         (name, {**flags, "withhold": "task"}) for name, flags in found["direction-laptop"][:3]
     ]
