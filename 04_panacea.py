@@ -241,7 +241,7 @@ def climb(loss, w, draws, factors, radius, steps):
     return eps
 
 
-def climb_back(loss, w, draws, factors, length, h, goal, most=25):
+def climb_back(loss, w, draws, factors, length, h, goal, most=100):
     """An eps without a radius: steps of norm `length` up a weighted sum of losses until h() is
     back at `goal`.
 
@@ -251,22 +251,26 @@ def climb_back(loss, w, draws, factors, length, h, goal, most=25):
     Args:
         draws, factors: as of climb. h: () -> the loss that is to come back, at w as it is.
     Returns:
-        eps, a list of new tensors shaped like w.
+        (eps, steps): new tensors shaped like w, and the number of steps made.
     """
     eps, before = [torch.zeros_like(x) for x in w], h()
+    if before >= goal:
+        return eps, 0
     nearest, highest = eps, before
-    for batches in itertools.islice(draws, most if before < goal else 0):
+    bar = common.progress(itertools.islice(draws, most), most, "until h is back, at most")
+    for k, batches in enumerate(bar, 1):
         step = perturbation(uphill(loss, w, eps, batches, factors), length)
         longer = [e + s for e, s in zip(eps, step)]
         with perturbed(w, longer):
             now = h()
+        bar.set_postfix_str(f"h {now:.3f} of {goal:.3f}", refresh=False)
         if now >= goal:
             cut = (goal - before) / (now - before)
-            return [e + cut * s for e, s in zip(eps, step)]
+            return [e + cut * s for e, s in zip(eps, step)], k
         eps, before = longer, now
         if now > highest:
             nearest, highest = eps, now
-    return nearest
+    return nearest, most
 
 
 def controls(loss, w, attacked, ours, batches, c):
@@ -312,12 +316,14 @@ def ascents_back(loss, w, aligned, starts, batches, h, c):
         now = h()
         goal = now + c["back"] * (before_the_attack - now)
         sets = batches("harmful", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
-        eps = climb_back(loss, list(w.values()), zip(*sets), (1, -1), 0.1 * c["rho"], h, goal)
+        params, length = list(w.values()), 0.1 * c["rho"]
+        eps, steps = climb_back(loss, params, zip(*sets), (1, -1), length, h, goal)
         norm = global_norm(eps).item()
-        with perturbed(w.values(), eps):
-            print(f"  {model}: h from {now:.2f} to {h():.2f} of {goal:.2f}, norm {norm:.2f}")
+        with perturbed(params, eps):
+            text = f"from {now:.2f} to {h():.2f} of {goal:.2f}, {steps} steps, norm {norm:.2f}"
+            print(f"  {model}: h {text}")
         whole = {name: x + e.cpu() for (name, x), e in zip(start.items(), eps)}
-        rows.append(row(model, {"terms": "h-g", "back": c["back"]}, whole, norm=norm))
+        rows.append(row(model, {"terms": "h-g", "back": c["back"]}, whole, norm=norm, steps=steps))
     return rows
 
 

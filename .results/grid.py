@@ -201,7 +201,7 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def walk(self, start, terms, most=25, samples=32):
+    def walk(self, start, terms, most=100, samples=32):
         """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "a",
         "benign"}), mean losses per answer token on the provider's first samples of each kind.
         """

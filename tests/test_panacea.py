@@ -237,27 +237,31 @@ def test_steps_without_a_radius_end_where_h_is_back(s4, net):
     def h():
         return model.loss(harmful).item()
 
-    def climbed(goal, most=25):
+    def climbed(goal, most=25, steps=None):
         draws = itertools.repeat((harmful, user))
-        return s4.climb_back(model.loss, w, draws, (1.0, -1.0), 0.1, h, goal, most)
+        eps, made = s4.climb_back(model.loss, w, draws, (1.0, -1.0), 0.1, h, goal, most)
+        assert steps is None or made == steps
+        return eps
 
     first = h()
     for rise in (0.001, 0.05, 0.2):  # within a step, and some steps away
         with s4.perturbed(w, climbed(first + rise)):
             assert h() == pytest.approx(first + rise, abs=1e-3)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
-    assert not any(x.any() for x in climbed(first))  # nothing was taken: nothing to bring back
+    assert not any(
+        x.any() for x in climbed(first, steps=0)
+    )  # nothing was taken: nothing to bring back
     eps = [torch.zeros_like(x) for x in w]
     for _ in range(3):  # far away: all the steps, each from w + eps
         with s4.perturbed(w, eps):
             grads = torch.autograd.grad(model.loss(harmful) - model.loss(user), w)
         norm = torch.sqrt(sum(x.pow(2).sum() for x in grads))
         eps = [e + 0.1 * x / norm for e, x in zip(eps, grads)]
-    found = climbed(1e6, most=3)
+    found = climbed(1e6, most=3, steps=3)
     assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, eps))
     told = iter([first, 1.0, 3.0, 2.0])  # after two steps h came nearest
     draws = itertools.repeat((harmful, user))
-    nearest = s4.climb_back(
+    nearest, _ = s4.climb_back(
         model.loss, w, draws, (1.0, -1.0), 0.1, lambda: next(told) + 10.0, 1e6, most=3
     )
     two = climbed(1e6, most=2)
