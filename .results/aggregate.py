@@ -564,6 +564,7 @@ STORY = (  # (row of the kept json, its name in the picture)
     ("interpolated t 0.5", "half way back"),
     ("one_shot", "one step up h (lam = 0)"),
     ("ascent", "ten steps up h"),
+    ("ascent terms h-g back 1", "steps until h is back"),
     ("panacea_w", "Panacea without eps"),
     ("panacea", "Panacea"),
     ("panacea_ascent", "Panacea, ten steps up h"),
@@ -648,7 +649,7 @@ MAP = (  # (runs, key of their config, its name on the axis, factor, the default
 
 
 def draw_map():
-    """Outcomes against the attack's strength and the alignment's depth, for five models.
+    """Outcomes against the attack's strength and the alignment's depth, for six models.
 
     Where a model was not measured its place says so.
     """
@@ -658,10 +659,11 @@ def draw_map():
         ("finetuned", "attacked"),
         ("one_shot", "one step up h (lam = 0)"),
         ("ascent", "ten steps"),
+        ("ascent terms h-g back 1", "until h is back"),
         ("panacea", "Panacea"),
         ("panacea_ascent terms h-g back 1", "Panacea, until h is back"),
     )
-    figure = Figure(figsize=(13, 2.7 * len(MAP)), layout="constrained")
+    figure = Figure(figsize=(14.5, 2.6 * len(MAP)), layout="constrained")
     axes = figure.subplots(len(MAP), len(models), sharey=True)
     for k, (pattern, key, what, factor, default, task) in enumerate(MAP):
         groups = sorted(group(files(pattern)), key=lambda g: g["config"][key])
