@@ -248,9 +248,9 @@ def test_steps_without_a_radius_end_where_h_is_back(s4, net):
         with s4.perturbed(w, climbed(first + rise)):
             assert h() == pytest.approx(first + rise, abs=1e-3)
     assert all(torch.equal(x, y) for x, y in zip(w, start))
-    assert not any(
-        x.any() for x in climbed(first, steps=0)
-    )  # nothing was taken: nothing to bring back
+    climbed(first + 0.001, steps=1)
+    nothing = climbed(first, steps=0)  # nothing was taken: nothing to bring back
+    assert not any(x.any() for x in nothing)
     eps = [torch.zeros_like(x) for x in w]
     for _ in range(3):  # far away: all the steps, each from w + eps
         with s4.perturbed(w, eps):
