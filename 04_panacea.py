@@ -24,7 +24,8 @@ to w. Controls tell them apart (the right column is ours, not the paper's):
 `ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
 each, as attacks on inputs do (PGD, arXiv 1706.06083); without a ball, gradient ascent (2210.01504)
 soon destroys the model. Which radius is right differs from run to run. The rows with `back` need
-none: steps up h - g, which holds the user's task, until h is back where alignment had it.
+none: steps up h - g, which holds the user's task, until h is back where alignment had it. Their h
+reads the first tokens of the harmful answers only: there alignment is made and unmade (2406.05946).
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
@@ -140,6 +141,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("ascent_steps", 10, 10, 10, "steps of ascent; 0: no such rows", low=0),
     Flag("back", 1.0, 1.0, 1.0, "ascent without a radius: until h is this part of the way back to "
          "where alignment had it; 0: no such rows", low=0),
+    Flag("tokens", 3, 3, 3, "its h: on so many first tokens of each harmful answer", low=1),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
     Flag("radius", 0.3, 0.3, 0.2, "anchored eps: largest ||eps|| over ||w - w_aligned||; 0: none",
          low=0),
@@ -302,12 +304,20 @@ def controls(loss, w, attacked, ours, batches, c):
     return rows
 
 
+def beginning(example, tokens):
+    """An example (ids, labels) up to its first so many answer tokens, whose loss is as before."""
+    ids, labels = example
+    end = next(i for i, label in enumerate(labels) if label != -100) + tokens
+    return ids[:end], labels[:end]
+
+
 def ascents_back(loss, w, aligned, starts, batches, h, c):
     """Rows of steps up h - g that need no radius: they end where h is a part of the way back.
 
     Args:
         aligned: {name: tensor}, w before the attack. starts: {model: {name: tensor}}.
-        batches: as of controls. h: () -> the loss on some harmful samples, at w as it is.
+        batches: as of controls; the set "beginnings": of harmful answers.
+        h: () -> the loss on some of these, at w as it is.
     """
     put(w, aligned)
     before_the_attack, rows = h(), []
@@ -315,7 +325,7 @@ def ascents_back(loss, w, aligned, starts, batches, h, c):
         put(w, start)
         now = h()
         goal = now + c["back"] * (before_the_attack - now)
-        sets = batches("harmful", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
+        sets = batches("beginnings", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
         params, length = list(w.values()), 0.1 * c["rho"]
         eps, steps = climb_back(loss, params, zip(*sets), (1, -1), length, h, goal)
         norm = global_norm(eps).item()
@@ -323,7 +333,8 @@ def ascents_back(loss, w, aligned, starts, batches, h, c):
             text = f"from {now:.2f} to {h():.2f} of {goal:.2f}, {steps} steps, norm {norm:.2f}"
             print(f"  {model}: h {text}")
         whole = {name: x + e.cpu() for (name, x), e in zip(start.items(), eps)}
-        rows.append(row(model, {"terms": "h-g", "back": c["back"]}, whole, norm=norm, steps=steps))
+        setting = {"tokens": c["tokens"], "back": c["back"]}
+        rows.append(row(model, setting, whole, norm=norm, steps=steps))
     return rows
 
 
@@ -520,13 +531,14 @@ def main(argv=None):
         name: common.encode(tokenizer, data[name], c["max_length"], c["template"])
         for name in ("alignment", "harmful", "finetune")
     }
+    examples["beginnings"] = [beginning(example, c["tokens"]) for example in examples["harmful"]]
 
     def batches(name, size, seed=c["seed"] + 1, epochs=None):  # + 1: other batches than training's
         for part in common.draw_batches(examples[name], size, seed, epochs):
             yield common.collate(part, tokenizer.pad_token_id, model.device)
 
-    def harmful_loss():  # per token, on some of the provider's harmful samples, at w as it is
-        losses = common.answer_losses(model, tokenizer, examples["harmful"][:32])
+    def beginning_loss():  # per token, on some of the provider's harmful samples, at w as it is
+        losses = common.answer_losses(model, tokenizer, examples["beginnings"][:32])
         return sum(x for x, _ in losses) / sum(n for _, n in losses)
 
     common.describe(model, f"; Panacea with rho {c['rho']:g}, lam {c['lam']:g}")
@@ -547,7 +559,7 @@ def main(argv=None):
     rows += controls(loss, w, attacked, ours, batches, c)
     if c["back"]:
         starts = {"ascent": attacked, "panacea_ascent": ours}
-        rows += ascents_back(loss, w, aligned, starts, batches, harmful_loss, c)
+        rows += ascents_back(loss, w, aligned, starts, batches, beginning_loss, c)
     rows += repairs(loss, w, aligned, attacked, batches, c)
     kept = {name: result[name] for name in ("weights", "epsilon", "log")}
     artifact = run.save("04_panacea.pt", c, **kept, rows=rows)

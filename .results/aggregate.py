@@ -168,6 +168,7 @@ def choose(summary):
             parts = [row["model"], setting.get("terms"), "with a pull" * ("pull" in setting)]
             parts += [f"until {setting['until']}"] if "until" in setting else []
             parts += [setting.get("of", "h"), "back"] if "back" in setting else []
+            parts += ["tokens"] if "tokens" in setting else []
             tried.setdefault(" ".join(filter(None, parts)), []).append(entry)
     chosen, seeds = [], max(entry["n"] for entry in summary.values())
     for name, entries in tried.items():
@@ -564,11 +565,11 @@ STORY = (  # (row of the kept json, its name in the picture)
     ("interpolated t 0.5", "half way back"),
     ("one_shot", "one step up h (lam = 0)"),
     ("ascent", "ten steps up h"),
-    ("ascent terms h-g back 1", "steps until h is back"),
+    ("ascent tokens 3 back 1", "steps until h is back"),
     ("panacea_w", "Panacea without eps"),
     ("panacea", "Panacea"),
     ("panacea_ascent", "Panacea, ten steps up h"),
-    ("panacea_ascent terms h-g back 1", "Panacea, until h is back"),
+    ("panacea_ascent tokens 3 back 1", "Panacea, until h is back"),
     ("panacea_anchored", "anchored (reads refusals)"),
     ("realign", "realign (reads refusals)"),
 )
@@ -659,9 +660,9 @@ def draw_map():
         ("finetuned", "attacked"),
         ("one_shot", "one step up h (lam = 0)"),
         ("ascent", "ten steps"),
-        ("ascent terms h-g back 1", "until h is back"),
+        ("ascent tokens 3 back 1", "until h is back"),
         ("panacea", "Panacea"),
-        ("panacea_ascent terms h-g back 1", "Panacea, until h is back"),
+        ("panacea_ascent tokens 3 back 1", "Panacea, until h is back"),
     )
     figure = Figure(figsize=(14.5, 2.6 * len(MAP)), layout="constrained")
     axes = figure.subplots(len(MAP), len(models), sharey=True)

@@ -22,8 +22,9 @@ all, these at their own length only (no --scale). `--` between parts is for the 
                large a share of that way (h), or the loss on its
                look-alikes has risen by the part slack (benign)
     back       the same steps, the last one cut where h (or a) is     from of share terms
-               by the part share back where the aligned weights had
-               it; if it never is, where it came nearest
+               by the part share back where the aligned weights had   tokens
+               it; if it never is, where it came nearest; tokens: h
+               on so many first ones of an answer (0: on all)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -73,6 +74,7 @@ def defaults(c):
             "of": ("h", "a"),
             "share": 1.0,
             "terms": ("h", "h-g"),
+            "tokens": 0,
         },
         "again": {"of": REPAIRS, "samples": 50},
     }
@@ -201,16 +203,21 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def walk(self, start, terms, most=100, samples=32):
+    def walk(self, start, terms, tokens=0, most=100, samples=32):
         """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "a",
         "benign"}), mean losses per answer token on the provider's first samples of each kind.
+        h is of an answer's first tokens, or (0) of them all.
         """
-        parts = {"h": self.examples["harmful"], "a": [], "benign": []}
+        harmful = self.examples["harmful"]
+        if tokens:
+            harmful = [s4.beginning(example, tokens) for example in harmful]
+        self.examples["read"] = harmful
+        parts = {"h": harmful, "a": [], "benign": []}
         for example, row in zip(self.examples["alignment"], self.data["alignment"]):
             parts["a" if "refusal" in row else "benign"].append(example)
         sets = {name: part[:samples] for name, part in parts.items()}
         eps = [torch.zeros_like(x) for x in self.params]
-        used = [self.batches("harmful", self.c["harmful_batch_size"])]
+        used = [self.batches("read", self.c["harmful_batch_size"])]
         used += [self.batches("finetune", self.c["batch_size"])] if terms == "h-g" else []
         for batches in itertools.chain([None], itertools.islice(zip(*used), most)):
             s4.put(self.w, self.start[start])
@@ -226,9 +233,10 @@ class Grid:
             print(f"  {start} {far:.3f}:", *(f"{name} {x:.3f}" for name, x in now.items()))
             yield eps, now
 
-    def points(self, start, terms):
+    def points(self, start, terms, tokens=0):
         """The points of a walk from `start`, each made once, however many rules read it."""
-        kept, walk = self.walks.setdefault((start, terms), ([], self.walk(start, terms)))
+        walk = self.walk(start, terms, tokens)
+        kept, walk = self.walks.setdefault((start, terms, tokens), ([], walk))
         yield from list(kept)
         for point in walk:
             kept.append(point)
@@ -257,11 +265,16 @@ class Grid:
     def back(self, setting):
         """The walk's point, between two steps, where h (or a) is back by the part share; where it
         came nearest, if it never is; its start, if the attack has not taken any of it."""
-        start, of, terms, share = (setting[key] for key in ("from", "of", "terms", "share"))
-        (_, aligned), (eps, first) = (next(self.points(x, terms)) for x in ("aligned", start))
+        start, of, share = (setting[key] for key in ("from", "of", "share"))
+        terms, tokens = setting["terms"], setting["tokens"]
+
+        def points(model):
+            return self.points(model, terms, tokens)
+
+        (_, aligned), (eps, first) = next(points("aligned")), next(points(start))
         way, before = aligned[of] - first[of], (0.0, eps)  # part of the way back, and its eps
         nearest = before
-        for longer, now in self.points(start, terms) if way * (1 if of == "h" else -1) > 0 else ():
+        for longer, now in points(start) if way * (1 if of == "h" else -1) > 0 else ():
             part = (now[of] - first[of]) / way
             if part >= share:
                 cut = (share - before[0]) / (part - before[0])
@@ -269,7 +282,9 @@ class Grid:
                 break
             before = part, longer
             nearest = max(nearest, before, key=lambda x: x[0])
-        more = ({} if terms == "h" else {"terms": terms}) | ({} if of == "h" else {"of": of})
+        usual = "h-g" if tokens else "h"
+        more = ({} if terms == usual else {"terms": terms}) | ({} if of == "h" else {"of": of})
+        more |= {"tokens": tokens} if tokens else {}
         made = self.up_h("ascent", setting, self.named(nearest[1]), **more, back=share)
         return {**made, "norm": s4.global_norm(nearest[1]).item()}
 

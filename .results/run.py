@@ -61,7 +61,9 @@ def experiments():
     )
     # the same at harder attacks, and on the other tasks (with a lam that fits) and another model
     beyond = {2: SFT, 3: "--std 0 --share 0", 5: "--scale 0.5 1 --no-causal"}
-    beyond["grid"] = "ascent from=finetuned,panacea rho=.25,.35,.7"
+    beyond["grid"] = (
+        "ascent from=finetuned,panacea rho=.25,.35,.7 back from=finetuned,panacea terms=h-g"
+    )
     found["direction-attack"] = with_flags(
         [
             job(f"lr{lr}-seed{s}", s1=f"--seed {s}", s2=f"--lr {lr}")
@@ -136,7 +138,8 @@ def experiments():
         {
             **beyond,
             4: "--radius 0 --realign-lr 0",
-            "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1",
+            "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1 "
+            "back from=finetuned,panacea terms=h-g tokens=1,3,6",
             5: "--scale 1 --no-causal",
         },
     )
@@ -146,7 +149,7 @@ def experiments():
             2: SFT,
             3: STDS,
             "grid": "ascent from=finetuned,panacea rho=.35 steps=20 "
-            "back from=finetuned,panacea terms=h "
+            "back from=finetuned,panacea terms=h,h-g "
             "realign terms=3a+g lr=6e-4 steps=10 realign pull=.1 lr=6e-4 steps=20",
             5: "--scale 1 --no-causal",
         },
@@ -362,6 +365,7 @@ def make(experiment, name, flags, more, until, threads):
     model = words[words.index("--model") + 1] if "--model" in words else "llama"
     if "laptop" in words:
         model = f"laptop-{words[words.index('--task') + 1] if '--task' in words else 'sst2'}"
+        model += "-recipes" * (flags.get("withhold") == "task")  # a base of its own
     base = ROOT / "runs/lab/bases" / f"{model}-{words[words.index('--seed') + 1]}"
     start = same_start({**flags, 1: f"{flags[1]} {more}"})
     if not folder.is_dir() and start.is_dir():

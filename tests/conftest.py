@@ -25,7 +25,7 @@ TINY_FLAGS = {  # six stages in seconds: every path, nothing learnt
     "02_finetune": "--defense sft booster --pretrain-steps 20 --epochs 2 --align-epochs 1 "
     "--snapshots 2",
     "03_random_perturb": "--std 0.02 0.1 --t 0.5 --share 0.01",
-    "04_panacea": "--ascent-steps 2 --anchored-steps 2 --realign-steps 2",
+    "04_panacea": "--ascent-steps 2 --tokens 12 --anchored-steps 2 --realign-steps 2",
     "05_evaluate": "--scale 0.5 1 --max-new-tokens 3",
     "06_layer_analysis": "",
 }

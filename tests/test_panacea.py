@@ -279,9 +279,10 @@ def small(s2, s4):
         name: collate([([1, a, b, a], [-100, -100, b, a])] * 2, 0, "cpu")
         for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))
     }
+    sets["beginnings"] = collate([([1, 5, 6], [-100, -100, 6])] * 2, 0, "cpu")
     c = dict(batch_size=2, harmful_batch_size=2, rho=0.5, lam=0.1, weight_decay=0.1, seed=3)
     c |= dict(ascent_steps=4, anchor=2.0, radius=0.5, anchored_steps=3)
-    c |= dict(realign_lr=1e-2, realign_steps=3)
+    c |= dict(realign_lr=1e-2, realign_steps=3, tokens=3)
     loss = functools.partial(s4.answer_loss, model)
     return loss, w, attacked, aligned, lambda name, size: itertools.repeat(sets[name]), c
 
@@ -306,9 +307,21 @@ def test_each_control_starts_where_it_says_and_has_norm_rho(s4, small):
     assert [row["model"] for row in none] == ["random_matched", "one_shot"]
 
 
+def test_a_beginning_ends_with_its_last_token_and_has_the_losses_of_the_whole(s4, s2):
+    torch.manual_seed(0)
+    model = s2.toy_model("toy-llama", 50).eval()
+    whole = [([1, 4, 5, 6, 7, 2], [-100, -100, 5, 6, 7, 2]), ([1, 8, 2], [-100, 8, 2])]
+    parts = [s4.beginning(example, 2) for example in whole]
+    assert parts == [([1, 4, 5, 6], [-100, -100, 5, 6]), whole[1]]
+    masked = [(whole[0][0], [-100, -100, 5, 6, -100, -100]), whole[1]]
+    found, wanted = (s4.answer_loss(model, collate(x, 0, "cpu")) for x in (parts, masked))
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
     loss, w, attacked, ours, batches, c = small
-    params, harmful = list(w.values()), next(batches("harmful", 2))
+    params, harmful = list(w.values()), next(batches("beginnings", 2))
+    assert not torch.equal(harmful["labels"], next(batches("harmful", 2))["labels"])
 
     def h_at(weights):
         s4.put(w, weights)

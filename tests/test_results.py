@@ -311,7 +311,7 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
         ([torch.full_like(x, float(k)) for x in made.params], now) for k, now in enumerate(here)
     ]
     aligned = [(None, {"h": 3.0, "a": 0.1, "benign": 0.5})]
-    made.walk = lambda start, _: iter(aligned if start == "aligned" else walk)
+    made.walk = lambda start, *_: iter(aligned if start == "aligned" else walk)
     name, x = next(iter(stage4["weights"].items()))
     rules = [("h", 0.4, 1), ("h", 0.9, 2), ("h", 1.0, 3), ("benign", 0.1, 0), ("benign", 0.3, 2)]
     for until, at, steps in rules:
@@ -319,12 +319,13 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
         assert torch.equal(row["w"][name], x + steps), (until, at)
     assert s5.label(row) == "panacea_ascent until benign slack 0.3"
     rules = [("h", 0.25, 0.5), ("h", 0.725, 1.5), ("h", 1.0, 3), ("a", 0.5, 1.5), ("a", 1.0, 2)]
+    back = {"from": "panacea", "terms": "h", "tokens": 0}
     for of, share, steps in rules:  # the ends are where h and a came nearest
-        row = made.back({"from": "panacea", "of": of, "share": share, "terms": "h"})
+        row = made.back({**back, "of": of, "share": share})
         torch.testing.assert_close(row["w"][name], x + steps, rtol=1e-5, atol=1e-5)
     assert s5.label(row) == "panacea_ascent of a back 1"
     aligned[0][1].update(h=1.0)  # clean data have taken nothing
-    row = made.back({"from": "panacea", "of": "h", "share": 0.5, "terms": "h"})
+    row = made.back({**back, "of": "h", "share": 0.5})
     assert torch.equal(row["w"][name], x)
     kept = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 0.0})
     pulled = made.realign({"terms": "a", "lr": 1e-3, "steps": 2, "pull": 1e6})
@@ -338,7 +339,8 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
 def test_the_grid_ends_where_stage_4_does(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
-    setting = {"of": "h", "terms": "h-g", "share": stage4["config"]["back"]}
+    c = stage4["config"]
+    setting = {"of": "h", "terms": "h-g", "share": c["back"], "tokens": c["tokens"]}
     for start in ("finetuned", "panacea"):
         row = made.back({"from": start, **setting})
         asked = row["model"], row["setting"]
