@@ -24,8 +24,9 @@ to w. Controls tell them apart (the right column is ours, not the paper's):
 `ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
 each, as attacks on inputs do (PGD, arXiv 1706.06083); without a ball, gradient ascent (2210.01504)
 soon destroys the model. Which radius is right differs from run to run. The rows with `back` need
-none: steps up h - g, which holds the user's task, until h is back where alignment had it. Their h
-reads the first tokens of the harmful answers only: there alignment is made and unmade (2406.05946).
+none: steps up h - g - b, which hold the user's task and (b) the provider's look-alikes, until h is
+back where alignment had it. Their h and b read the first tokens of answers only: there alignment
+is made and unmade (2406.05946).
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
@@ -141,7 +142,7 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
     Flag("ascent_steps", 10, 10, 10, "steps of ascent; 0: no such rows", low=0),
     Flag("back", 1.0, 1.0, 1.0, "ascent without a radius: until h is this part of the way back to "
          "where alignment had it; 0: no such rows", low=0),
-    Flag("tokens", 3, 3, 3, "its h: on so many first tokens of each harmful answer", low=1),
+    Flag("tokens", 3, 3, 3, "its h and b: on so many first tokens of each answer", low=1),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
     Flag("radius", 0.3, 0.3, 0.2, "anchored eps: largest ||eps|| over ||w - w_aligned||; 0: none",
          low=0),
@@ -311,13 +312,14 @@ def beginning(example, tokens):
     return ids[:end], labels[:end]
 
 
-def ascents_back(loss, w, aligned, starts, batches, h, c):
-    """Rows of steps up h - g that need no radius: they end where h is a part of the way back.
+def ascents_back(loss, w, aligned, starts, batches, held, h, c):
+    """Rows of steps up h - g - b that need no radius: they end where h is a part of the way back.
 
     Args:
         aligned: {name: tensor}, w before the attack. starts: {model: {name: tensor}}.
-        batches: as of controls; the set "beginnings": of harmful answers.
-        h: () -> the loss on some of these, at w as it is.
+        batches: as of controls; the set "begun" has the beginnings of harmful answers.
+        held: {set name: batch size} of g and b. h: () -> the loss on some of "begun", at w as
+            it is.
     """
     put(w, aligned)
     before_the_attack, rows = h(), []
@@ -325,9 +327,10 @@ def ascents_back(loss, w, aligned, starts, batches, h, c):
         put(w, start)
         now = h()
         goal = now + c["back"] * (before_the_attack - now)
-        sets = batches("beginnings", c["harmful_batch_size"]), batches("finetune", c["batch_size"])
-        params, length = list(w.values()), 0.1 * c["rho"]
-        eps, steps = climb_back(loss, params, zip(*sets), (1, -1), length, h, goal)
+        sets = {"begun": c["harmful_batch_size"], **held}
+        draws = zip(*(batches(name, size) for name, size in sets.items()))
+        factors, params, length = [1] + [-1] * len(held), list(w.values()), 0.1 * c["rho"]
+        eps, steps = climb_back(loss, params, draws, factors, length, h, goal)
         norm = global_norm(eps).item()
         with perturbed(params, eps):
             text = f"from {now:.2f} to {h():.2f} of {goal:.2f}, {steps} steps, norm {norm:.2f}"
@@ -531,14 +534,17 @@ def main(argv=None):
         name: common.encode(tokenizer, data[name], c["max_length"], c["template"])
         for name in ("alignment", "harmful", "finetune")
     }
-    examples["beginnings"] = [beginning(example, c["tokens"]) for example in examples["harmful"]]
+    pairs = zip(examples["alignment"], data["alignment"])
+    lookalikes = [example for example, asked in pairs if "refusal" not in asked]
+    for name, whole in (("begun", examples["harmful"]), ("lookalikes", lookalikes)):
+        examples[name] = [beginning(example, c["tokens"]) for example in whole]
 
     def batches(name, size, seed=c["seed"] + 1, epochs=None):  # + 1: other batches than training's
         for part in common.draw_batches(examples[name], size, seed, epochs):
             yield common.collate(part, tokenizer.pad_token_id, model.device)
 
-    def beginning_loss():  # per token, on some of the provider's harmful samples, at w as it is
-        losses = common.answer_losses(model, tokenizer, examples["beginnings"][:32])
+    def begun_loss():  # per token, on some of the provider's harmful samples, at w as it is
+        losses = common.answer_losses(model, tokenizer, examples["begun"][:32])
         return sum(x for x, _ in losses) / sum(n for _, n in losses)
 
     common.describe(model, f"; Panacea with rho {c['rho']:g}, lam {c['lam']:g}")
@@ -559,7 +565,10 @@ def main(argv=None):
     rows += controls(loss, w, attacked, ours, batches, c)
     if c["back"]:
         starts = {"ascent": attacked, "panacea_ascent": ours}
-        rows += ascents_back(loss, w, aligned, starts, batches, beginning_loss, c)
+        held = {"finetune": c["batch_size"]}
+        if lookalikes:  # of potions only
+            held["lookalikes"] = c["harmful_batch_size"]
+        rows += ascents_back(loss, w, aligned, starts, batches, held, begun_loss, c)
     rows += repairs(loss, w, aligned, attacked, batches, c)
     kept = {name: result[name] for name in ("weights", "epsilon", "log")}
     artifact = run.save("04_panacea.pt", c, **kept, rows=rows)

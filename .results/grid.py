@@ -23,8 +23,9 @@ all, these at their own length only (no --scale). `--` between parts is for the 
                look-alikes has risen by the part slack (benign)
     back       the same steps, the last one cut where h (or a) is     from of share terms
                by the part share back where the aligned weights had   tokens
-               it; if it never is, where it came nearest; tokens: h
-               on so many first ones of an answer (0: on all)
+               it; if it never is, where it came nearest; up h - g -
+               b, too, which holds look-alikes; tokens: h and b on so
+               many first ones of an answer (0: on all)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -73,7 +74,7 @@ def defaults(c):
             "from": start["from"],
             "of": ("h", "a"),
             "share": 1.0,
-            "terms": ("h", "h-g"),
+            "terms": ("h", "h-g", "h-g-b"),
             "tokens": 0,
         },
         "again": {"of": REPAIRS, "samples": 50},
@@ -204,21 +205,22 @@ class Grid:
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
     def walk(self, start, terms, tokens=0, most=100, samples=32):
-        """Steps of .1 rho up h, or h - g, from the weights `start`: yields (eps, {"h", "a",
-        "benign"}), mean losses per answer token on the provider's first samples of each kind.
-        h is of an answer's first tokens, or (0) of them all.
+        """Steps of .1 rho up h, h - g or h - g - b, from the weights `start`: yields (eps, {"h",
+        "a", "benign"}), mean losses per answer token on the provider's first samples of each kind.
+        h and b are of an answer's first tokens, or (0) of them all.
         """
-        harmful = self.examples["harmful"]
-        if tokens:
-            harmful = [s4.beginning(example, tokens) for example in harmful]
-        self.examples["read"] = harmful
-        parts = {"h": harmful, "a": [], "benign": []}
+        parts = {"h": self.examples["harmful"], "a": [], "benign": []}
         for example, row in zip(self.examples["alignment"], self.data["alignment"]):
             parts["a" if "refusal" in row else "benign"].append(example)
+        for name in ("h", "benign"):
+            if tokens:
+                parts[name] = [s4.beginning(example, tokens) for example in parts[name]]
+            self.examples[f"{name} {tokens}"] = parts[name]
         sets = {name: part[:samples] for name, part in parts.items()}
         eps = [torch.zeros_like(x) for x in self.params]
-        used = [self.batches("read", self.c["harmful_batch_size"])]
-        used += [self.batches("finetune", self.c["batch_size"])] if terms == "h-g" else []
+        few, size = self.c["harmful_batch_size"], self.c["batch_size"]
+        read = {"h": (f"h {tokens}", few), "g": ("finetune", size), "b": (f"benign {tokens}", few)}
+        used = [self.batches(*read[letter]) for letter in terms.split("-")]
         for batches in itertools.chain([None], itertools.islice(zip(*used), most)):
             s4.put(self.w, self.start[start])
             if batches is not None:
@@ -282,7 +284,7 @@ class Grid:
                 break
             before = part, longer
             nearest = max(nearest, before, key=lambda x: x[0])
-        usual = "h-g" if tokens else "h"
+        usual = "h-g-b" if tokens else "h"
         more = ({} if terms == usual else {"terms": terms}) | ({} if of == "h" else {"of": of})
         more |= {"tokens": tokens} if tokens else {}
         made = self.up_h("ascent", setting, self.named(nearest[1]), **more, back=share)

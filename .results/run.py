@@ -118,7 +118,12 @@ def experiments():
             for s in range(5)
             for lam in ("0.03", "0.2")
         ],
-        {2: SFT, 3: "--std 0 --share 0 --t 0.5", 5: "--scale 0.5 1 --no-causal"},
+        {
+            2: SFT,
+            3: "--std 0 --share 0 --t 0.5",
+            "grid": "back from=finetuned,panacea terms=h-g",
+            5: "--scale 0.5 1 --no-causal",
+        },
     )
     found["tuning-ascent"] = with_flags(  # 24 settings each, as Panacea; and rules
         [job(f"seed{s}", s1=f"--seed {s}") for s in tuned],
@@ -139,7 +144,7 @@ def experiments():
             **beyond,
             4: "--radius 0 --realign-lr 0",
             "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1 "
-            "back from=finetuned,panacea terms=h-g tokens=1,3,6",
+            "back from=finetuned,panacea terms=h-g,h-g-b tokens=1,3,6",
             5: "--scale 1 --no-causal",
         },
     )

@@ -279,7 +279,7 @@ def small(s2, s4):
         name: collate([([1, a, b, a], [-100, -100, b, a])] * 2, 0, "cpu")
         for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))
     }
-    sets["beginnings"] = collate([([1, 5, 6], [-100, -100, 6])] * 2, 0, "cpu")
+    sets["begun"] = collate([([1, 5, 6], [-100, -100, 6])] * 2, 0, "cpu")
     c = dict(batch_size=2, harmful_batch_size=2, rho=0.5, lam=0.1, weight_decay=0.1, seed=3)
     c |= dict(ascent_steps=4, anchor=2.0, radius=0.5, anchored_steps=3)
     c |= dict(realign_lr=1e-2, realign_steps=3, tokens=3)
@@ -320,7 +320,7 @@ def test_a_beginning_ends_with_its_last_token_and_has_the_losses_of_the_whole(s4
 
 def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
     loss, w, attacked, ours, batches, c = small
-    params, harmful = list(w.values()), next(batches("beginnings", 2))
+    params, harmful = list(w.values()), next(batches("begun", 2))
     assert not torch.equal(harmful["labels"], next(batches("harmful", 2))["labels"])
 
     def h_at(weights):
@@ -332,8 +332,9 @@ def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
     aligned = {name: attacked[name] + e for name, e in zip(w, eps)}
     top, start = h_at(aligned), h_at(attacked)
     starts = {"ascent": attacked, "panacea_ascent": aligned}
+    held = {"finetune": 2, "alignment": 2}
     made = s4.ascents_back(
-        loss, w, aligned, starts, batches, lambda: loss(harmful).item(), {**c, "back": 0.5}
+        loss, w, aligned, starts, batches, held, lambda: loss(harmful).item(), {**c, "back": 0.5}
     )
     assert top > start and [row["model"] for row in made] == list(starts)
     assert h_at(made[0]["w"]) == pytest.approx((top + start) / 2, abs=0.01 * (top - start))

@@ -340,7 +340,7 @@ def test_the_grid_ends_where_stage_4_does(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
     c = stage4["config"]
-    setting = {"of": "h", "terms": "h-g", "share": c["back"], "tokens": c["tokens"]}
+    setting = {"of": "h", "terms": "h-g-b", "share": c["back"], "tokens": c["tokens"]}
     for start in ("finetuned", "panacea"):
         row = made.back({"from": start, **setting})
         asked = row["model"], row["setting"]
