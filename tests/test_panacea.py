@@ -340,6 +340,13 @@ def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
     assert h_at(made[0]["w"]) == pytest.approx((top + start) / 2, abs=0.01 * (top - start))
     far = common.norm({name: made[0]["w"][name] - x for name, x in attacked.items()})
     assert made[0]["norm"] == pytest.approx(far, rel=1e-4)
+    s4.put(w, attacked)  # g and b are held, each with its own batches
+    draws = zip(*(batches(name, 2) for name in ("begun", *held)))
+    wanted, _ = s4.climb_back(
+        loss, params, draws, (1, -1, -1), 0.05, lambda: loss(harmful).item(), (top + start) / 2
+    )
+    for (name, x), e in zip(attacked.items(), wanted):
+        assert torch.allclose(made[0]["w"][name], x + e, atol=1e-6)
     assert made[1]["norm"] == 0  # h is there already
     assert all(torch.equal(made[1]["w"][name], x) for name, x in aligned.items())
 

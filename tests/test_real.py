@@ -20,7 +20,7 @@ SMALL = {  # of the preset paper
     "--poison-ratio 0.2",
     "02_finetune": "--epochs 1 --align-epochs 1 --lr 1e-3",
     "03_random_perturb": "--std 0.01",
-    "04_panacea": "--ascent-steps 2 --back 0 --anchored-steps 2 --realign-steps 2",
+    "04_panacea": "--ascent-steps 2 --back 0.01 --anchored-steps 2 --realign-steps 2",
     "05_evaluate": "--max-new-tokens 4 --causal",
     "06_layer_analysis": "",
 }
