@@ -144,7 +144,7 @@ def experiments():
             **beyond,
             4: "--radius 0 --realign-lr 0",
             "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1 "
-            "back from=finetuned,panacea terms=h-g,h-g-b tokens=1,3,6",
+            "back from=finetuned,panacea terms=h-g,h-g-b tokens=0,1,3,6",
             5: "--scale 1 --no-causal",
         },
     )
