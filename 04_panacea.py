@@ -306,7 +306,7 @@ def controls(loss, w, attacked, ours, batches, c):
 
 
 def beginning(example, tokens):
-    """An example (ids, labels) up to its first so many answer tokens, whose loss is as before."""
+    """An example (ids, labels) cut after its first answer tokens; their losses stay the same."""
     ids, labels = example
     end = next(i for i, label in enumerate(labels) if label != -100) + tokens
     return ids[:end], labels[:end]
@@ -318,8 +318,8 @@ def ascents_back(loss, w, aligned, starts, batches, held, h, c):
     Args:
         aligned: {name: tensor}, w before the attack. starts: {model: {name: tensor}}.
         batches: as of controls; the set "begun" has the beginnings of harmful answers.
-        held: {set name: batch size} of g and b. h: () -> the loss on some of "begun", at w as
-            it is.
+        held: {set name: batch size} of g and b.
+        h: () -> the loss on some of "begun", at w as it is.
     """
     put(w, aligned)
     before_the_attack, rows = h(), []
