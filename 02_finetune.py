@@ -560,7 +560,7 @@ def main(argv=None):
                 "and teach no end; make the data with a larger --max-length"
             )
     if c["preset"] == "toy" and device.type == "cpu":
-        # the slow ones, which stand last in DEFENSES, begin first
+        # the last begins first: by default the slow one
         jobs = [(str(run.folder), defense, c) for defense in c["defense"][::-1]]
         results = common.in_processes(one_defense, jobs)[::-1]
     else:
