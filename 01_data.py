@@ -121,7 +121,8 @@ def build_sets(pools, c, asked, rng):
     # the tests choose first: what they hold may be in no training set
     test_harmful = whole(unique(pools["harmful_test"]), "n_test", "harmful test set")
     pool = unique(pools["harmful"], seen=map(prompt_key, test_harmful))
-    # three sets from one pool: the attack's rows, h's, and those with refusals
+    # three sets from one pool: the attack's rows, h's, and those with refusals; so another p makes
+    # other sets of the last two, too
     attack = take(pool, poison, "attack set", "n_finetune", share=p)
     harmful = whole(pool, "n_harmful", "harmful set")
     alignment = [
@@ -583,6 +584,8 @@ def read_pools(args, c, rng):
 
 def pretrain_toy(c):
     """What the toy's base model reads, and its words; from the seed alone, not from the task.
+
+    So some of a task's test rows are in it (of sst2 none; .results measures that it hardly helps).
 
     Returns:
         {"pretrain": [[prompt, text]], "vocab": words, special ones first}.

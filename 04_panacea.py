@@ -24,9 +24,9 @@ to w. Controls tell them apart (the right column is ours, not the paper's):
 `ascent` climbs h by projected gradient steps inside the ball ||eps|| <= rho, a fresh harmful batch
 each, as attacks on inputs do (PGD, arXiv 1706.06083); without a ball, gradient ascent (2210.01504)
 soon destroys the model. Which radius is right differs from run to run. The rows with `back` need
-none: steps up h - g - b, which hold the user's task and (b) the provider's look-alikes, until h is
-back where alignment had it. Their h and b read the first tokens of answers only: there alignment
-is made and unmade (2406.05946).
+none: steps of .1 rho (100 at most) up h - g - hold * b, which keep the user's task and (b) the
+provider's look-alikes, until h is back where alignment had it. Their h and b read the first tokens
+of answers only: there alignment is made and unmade (2406.05946).
 
 Deviations from the released code (trainer.py): w is restored by copy, since adding and subtracting
 eps is not exact; h(w + eps) is not clamped at 5 (above it the clamp's gradient is 0, and Eq. 3
@@ -140,9 +140,10 @@ FLAGS = [  # name, default of toy, laptop, paper, meaning
          "where the task's answers are long", low=0),
     Flag("harmful_batch_size", 16, 5, 10, "samples in the batch of h", low=1),
     Flag("ascent_steps", 10, 10, 10, "steps of ascent; 0: no such rows", low=0),
-    Flag("back", 1.0, 1.0, 1.0, "ascent without a radius: until h is this part of the way back to "
-         "where alignment had it; 0: no such rows", low=0),
-    Flag("tokens", 3, 3, 3, "its h and b: on so many first tokens of each answer", low=1),
+    Flag("back", 1.0, 1.0, 1.0, "ascent without a radius, until h is this part of the way back "
+         "to where alignment had it; 0: no such rows", low=0),
+    Flag("tokens", 3, 3, 3, "back: h and b are of so many first tokens of an answer", low=1),
+    Flag("hold", 10.0, 1.0, 1.0, "back: weight of b, the loss on look-alikes", low=0),
     Flag("anchor", 3.0, 3.0, 3.0, "anchored eps: weight of a", low=0),
     Flag("radius", 0.3, 0.3, 0.2, "anchored eps: largest ||eps|| over ||w - w_aligned||; 0: none",
          low=0),
@@ -186,7 +187,7 @@ def layer_norms(w, eps):
     """||eps|| within each decoder layer, a list by layer number; stage 6 draws it."""
     layers = {}
     for name, e in zip(w, eps):
-        layers.setdefault(int(re.search(r"\.(\d+)\.", name)[1]), []).append(e)
+        layers.setdefault(common.layer_of(name), []).append(e)
     return [global_norm(layers[number]).item() for number in sorted(layers)]
 
 
@@ -276,14 +277,16 @@ def climb_back(loss, w, draws, factors, length, h, goal, most=100):
     return nearest, most
 
 
-def controls(loss, w, attacked, ours, batches, c):
-    """Rows that need harmful answers only, as Panacea does, each with an eps of norm rho.
+def controls(loss, w, starts, batches, c):
+    """Rows that need harmful answers only, as Panacea does, each with ||eps|| <= rho.
 
     Args:
-        attacked, ours: {name: tensor}, w after plain fine-tuning and Panacea's.
+        starts: {"ascent", "panacea_ascent": ({name: tensor}, setting)}: w after plain fine-tuning
+            and Panacea's, and with what it was trained.
         batches: (set name, batch size) -> endless iterator of batches, the same at every call.
     """
     params, rho, steps = list(w.values()), c["rho"], c["ascent_steps"]
+    attacked, _ = starts["ascent"]
     generator = torch.Generator().manual_seed(c["seed"])
     noise = [torch.randn(x.shape, generator=generator) for x in attacked.values()]
     noise = dict(zip(attacked, perturbation(noise, rho)))
@@ -294,14 +297,11 @@ def controls(loss, w, attacked, ours, batches, c):
     eps = copy_of(dict(zip(w, perturbation(grad_h, rho))))
     rows.append(row("one_shot", {"rho": rho, "lam": 0.0}, attacked, eps))
     if steps:
-        for model, setting, start in (
-            ("ascent", {"rho": rho}, attacked),
-            ("panacea_ascent", {"rho": rho, "lam": c["lam"]}, ours),
-        ):
+        for model, (start, setting) in starts.items():
             put(w, start)
             draws = zip(batches("harmful", c["harmful_batch_size"]))
             eps = copy_of(dict(zip(w, climb(loss, params, draws, (1.0,), rho, steps))))
-            rows.append(row(model, {**setting, "steps": steps}, start, eps))
+            rows.append(row(model, {"rho": rho, **setting, "steps": steps}, start, eps))
     return rows
 
 
@@ -312,31 +312,31 @@ def beginning(example, tokens):
     return ids[:end], labels[:end]
 
 
-def ascents_back(loss, w, aligned, starts, batches, held, h, c):
-    """Rows of steps up h - g - b that need no radius: they end where h is a part of the way back.
+def ascents_back(loss, w, aligned, starts, batches, terms, h, c):
+    """Rows of steps up h - g - hold * b, without a radius: to where h is a part of the way back.
 
     Args:
-        aligned: {name: tensor}, w before the attack. starts: {model: {name: tensor}}.
-        batches: as of controls; the set "begun" has the beginnings of harmful answers.
-        held: {set name: batch size} of g and b.
+        aligned: {name: tensor}, w before the attack. starts, batches: as of controls.
+        terms: {set name: (batch size, factor)} of what the steps climb; "begun" has the
+            beginnings of harmful answers, "lookalikes" those of the answers to look-alikes.
         h: () -> the loss on some of "begun", at w as it is.
     """
     put(w, aligned)
-    before_the_attack, rows = h(), []
-    for model, start in starts.items():
+    before_the_attack, rows, params = h(), [], list(w.values())
+    factors = [factor for _, factor in terms.values()]
+    own = ("tokens", "hold", "back") if "lookalikes" in terms else ("tokens", "back")
+    for model, (start, setting) in starts.items():
         put(w, start)
         now = h()
         goal = now + c["back"] * (before_the_attack - now)
-        sets = {"begun": c["harmful_batch_size"], **held}
-        draws = zip(*(batches(name, size) for name, size in sets.items()))
-        factors, params, length = [1] + [-1] * len(held), list(w.values()), 0.1 * c["rho"]
-        eps, steps = climb_back(loss, params, draws, factors, length, h, goal)
+        draws = zip(*(batches(name, size) for name, (size, _) in terms.items()))
+        eps, steps = climb_back(loss, params, draws, factors, 0.1 * c["rho"], h, goal)
         norm = global_norm(eps).item()
         with perturbed(params, eps):
             text = f"from {now:.2f} to {h():.2f} of {goal:.2f}, {steps} steps, norm {norm:.2f}"
-            print(f"  {model}: h {text}")
+            print(f"  {model}: h of the first {c['tokens']} tokens {text}")
         whole = {name: x + e.cpu() for (name, x), e in zip(start.items(), eps)}
-        setting = {"tokens": c["tokens"], "back": c["back"]}
+        setting = {**setting, **{name: c[name] for name in own}}
         rows.append(row(model, setting, whole, norm=norm, steps=steps))
     return rows
 
@@ -518,7 +518,8 @@ def main(argv=None):
         for name in ("rho", "lam", "harmful_batch_size", "epochs"):  # those of the kept Panacea
             if getattr(args, name) not in (None, result["config"][name]):
                 raise UserError(
-                    f"--repairs-only keeps a Panacea of another --{name}; leave one out"
+                    f"--repairs-only keeps a Panacea of another --{name.replace('_', '-')}; "
+                    "leave one out"
                 )
             c[name] = result["config"][name]
 
@@ -550,9 +551,9 @@ def main(argv=None):
     common.describe(model, f"; Panacea with rho {c['rho']:g}, lam {c['lam']:g}")
     result = result or panacea(loss, w, aligned, batches, c)
     ours, first_last = result["weights"], ends_of_h_eps(result["log"])
-    setting = {"rho": c["rho"], "lam": c["lam"]}
+    trained = {"lam": c["lam"]}
     if c["epochs"] != stage2["config"]["epochs"]:
-        setting["epochs"] = c["epochs"]
+        trained["epochs"] = c["epochs"]
         print(f"note: {c['epochs']} epochs for Panacea, not as stage 2: no equal controls")
     if first_last[1] > first_last[0]:
         print(
@@ -560,15 +561,16 @@ def main(argv=None):
             " all of this eps may break more than it brings back. Long answers want a smaller "
             f"--lam (try {c['lam'] / 5:g}), others a smaller --rho; or are the user's data clean?"
         )
+    setting = {"rho": c["rho"], **trained}
     rows = [row("panacea_w", setting, ours)]
     rows.append(row("panacea", setting, ours, result["epsilon"], h_eps=first_last))
-    rows += controls(loss, w, attacked, ours, batches, c)
+    starts = {"ascent": (attacked, {}), "panacea_ascent": (ours, trained)}
+    rows += controls(loss, w, starts, batches, c)
     if c["back"]:
-        starts = {"ascent": attacked, "panacea_ascent": ours}
-        held = {"finetune": c["batch_size"]}
+        terms = {"begun": (c["harmful_batch_size"], 1.0), "finetune": (c["batch_size"], -1.0)}
         if lookalikes:  # of potions only
-            held["lookalikes"] = c["harmful_batch_size"]
-        rows += ascents_back(loss, w, aligned, starts, batches, held, begun_loss, c)
+            terms["lookalikes"] = c["harmful_batch_size"], -c["hold"]
+        rows += ascents_back(loss, w, aligned, starts, batches, terms, begun_loss, c)
     rows += repairs(loss, w, aligned, attacked, batches, c)
     kept = {name: result[name] for name in ("weights", "epsilon", "log")}
     artifact = run.save("04_panacea.pt", c, **kept, rows=rows)

@@ -135,13 +135,11 @@ def print_layers(rows, ends, agreement, prompts):
             "the norm of the whole. random: noise of that norm on that layer."
         )
     for key, what in (("hs", "the fall of HS"), ("refusal", "the rise of refusals")):
-        of_sizes = agreement.get(key, {})
-        if len(rows) < 8:  # so few layers have hardly any ranks: one line will do
-            of_sizes = {"norm": of_sizes["norm"]} if key == "refusal" and of_sizes else {}
-        for size, views in of_sizes.items():
-            values = ", ".join(f"{view} {value:+.2f}" for view, value in views.items())
+        if agreement:  # of the other sizes: layers.json
+            views = agreement[key]["norm"].items()
+            values = ", ".join(f"{view} {value:+.2f}" for view, value in views)
             values = values or "no layer differs"
-            print(f"rank correlation of {size} with {what} ({len(rows)} layers): {values}")
+            print(f"rank correlation of the norm with {what} ({len(rows)} layers): {values}")
 
 
 def draw(rows, ends, path):

@@ -565,11 +565,11 @@ STORY = (  # (row of the kept json, its name in the picture)
     ("interpolated t 0.5", "half way back"),
     ("one_shot", "one step up h (lam = 0)"),
     ("ascent", "ten steps up h"),
-    ("ascent tokens 3 back 1", "steps until h is back"),
+    ("ascent tokens 3 hold 10 back 1", "steps until h is back"),
     ("panacea_w", "Panacea without eps"),
     ("panacea", "Panacea"),
     ("panacea_ascent", "Panacea, ten steps up h"),
-    ("panacea_ascent tokens 3 back 1", "Panacea, until h is back"),
+    ("panacea_ascent lam 0.1 tokens 3 hold 10 back 1", "Panacea, until h is back"),
     ("panacea_anchored", "anchored (reads refusals)"),
     ("realign", "realign (reads refusals)"),
 )
@@ -660,9 +660,9 @@ def draw_map():
         ("finetuned", "attacked"),
         ("one_shot", "one step up h (lam = 0)"),
         ("ascent", "ten steps"),
-        ("ascent tokens 3 back 1", "until h is back"),
+        ("ascent tokens 3 hold 10 back 1", "until h is back"),
         ("panacea", "Panacea"),
-        ("panacea_ascent tokens 3 back 1", "Panacea, until h is back"),
+        ("panacea_ascent lam 0.1 tokens 3 hold 10 back 1", "Panacea, until h is back"),
     )
     figure = Figure(figsize=(14.5, 2.6 * len(MAP)), layout="constrained")
     axes = figure.subplots(len(MAP), len(models), sharey=True)

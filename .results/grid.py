@@ -5,7 +5,8 @@
         -- ascent from=finetuned,panacea rho=.25,.5 steps=1,10 samples=20,0 -- mean rho=.5
 
 RUN has been through stages 1 to 4. Each part is a repair and lists of values, of which every
-combination is made with stage 4's own functions; what is not named is as in the run. They become
+combination is made with stage 4's own functions; what is not named is as in the run (of back: up h
+alone, all of the way, whole answers, hold 1). They become
 further rows of RUN/04_panacea.pt (one that is there already stays), and stage 5 then measures
 all, these at their own length only (no --scale). `--` between parts is for the eye.
 
@@ -24,8 +25,8 @@ all, these at their own length only (no --scale). `--` between parts is for the 
     back       the same steps, the last one cut where h (or a) is     from of share terms
                by the part share back where the aligned weights had   tokens
                it; if it never is, where it came nearest; up h - g -
-               b, too, which holds look-alikes; tokens: h and b on so
-               many first ones of an answer (0: on all)
+               hold * b, too, which holds look-alikes; tokens: h and   hold
+               b on so many first ones of an answer (0: on all)
     again      a row of stage 4, whole, fine-tuned on so many more    of samples
                of the user's samples, a tenth of them harmful, as
                the attack was (the toy only): does a repair last?
@@ -76,6 +77,7 @@ def defaults(c):
             "share": 1.0,
             "terms": ("h", "h-g", "h-g-b"),
             "tokens": 0,
+            "hold": 1.0,
         },
         "again": {"of": REPAIRS, "samples": 50},
     }
@@ -181,7 +183,8 @@ class Grid:
         """The row of an eps, at its own length only, from where the setting says; Panacea's
         carries its name, and lam."""
         ours, w = setting["from"] == "panacea", self.start[setting["from"]]
-        shown = ({"rho": setting["rho"]} if "rho" in setting else {}) | more
+        shown = {"rho": setting["rho"]} if "rho" in setting else {}
+        shown |= ({"lam": self.c["lam"]} if ours else {}) | more
         return common.row("panacea_" * ours + model, shown, {n: w[n] + eps[n] for n in w})
 
     def ascent(self, setting):
@@ -191,8 +194,7 @@ class Grid:
         s4.put(self.w, self.start[setting["from"]])
         rho, steps = setting["rho"], setting["steps"]
         eps = self.named(s4.climb(self.loss, self.params, draws, (1.0,), rho, steps))
-        more = {"lam": self.c["lam"]} if setting["from"] == "panacea" else {}
-        more |= {"steps": steps} | ({"samples": few} if few else {})
+        more = {"steps": steps} | ({"samples": few} if few else {})
         return self.up_h("ascent", setting, eps, **more)
 
     def mean(self, setting):
@@ -204,10 +206,10 @@ class Grid:
             total = [x + len(batch["labels"]) * grad for x, grad in zip(total, grads)]
         return self.up_h("mean_step", setting, self.named(s4.perturbation(total, setting["rho"])))
 
-    def walk(self, start, terms, tokens=0, most=100, samples=32):
-        """Steps of .1 rho up h, h - g or h - g - b, from the weights `start`: yields (eps, {"h",
-        "a", "benign"}), mean losses per answer token on the provider's first samples of each kind.
-        h and b are of an answer's first tokens, or (0) of them all.
+    def walk(self, start, terms, tokens=0, hold=1.0, most=100, samples=32):
+        """Steps of .1 rho up h, h - g or h - g - hold * b, from the weights `start`: yields (eps,
+        {"h", "a", "benign"}), mean losses per answer token on the provider's first samples of each
+        kind. h and b are of an answer's first tokens, or (0) of them all.
         """
         parts = {"h": self.examples["harmful"], "a": [], "benign": []}
         for example, row in zip(self.examples["alignment"], self.data["alignment"]):
@@ -221,13 +223,11 @@ class Grid:
         few, size = self.c["harmful_batch_size"], self.c["batch_size"]
         read = {"h": (f"h {tokens}", few), "g": ("finetune", size), "b": (f"benign {tokens}", few)}
         used = [self.batches(*read[letter]) for letter in terms.split("-")]
+        factors = [{"h": 1.0, "g": -1.0, "b": -hold}[letter] for letter in terms.split("-")]
         for batches in itertools.chain([None], itertools.islice(zip(*used), most)):
             s4.put(self.w, self.start[start])
             if batches is not None:
-                with s4.perturbed(self.params, eps):
-                    uphill, *down = (s4.gradient(self.loss, self.params, x)[0] for x in batches)
-                for grad_g in down:
-                    uphill = [x - y for x, y in zip(uphill, grad_g)]
+                uphill = s4.uphill(self.loss, self.params, eps, batches, factors)
                 eps = [x + y for x, y in zip(eps, s4.perturbation(uphill, 0.1 * self.c["rho"]))]
             with s4.perturbed(self.params, eps):
                 now = {name: mean_loss(self.model, self.tokenizer, x) for name, x in sets.items()}
@@ -235,10 +235,10 @@ class Grid:
             print(f"  {start} {far:.3f}:", *(f"{name} {x:.3f}" for name, x in now.items()))
             yield eps, now
 
-    def points(self, start, terms, tokens=0):
+    def points(self, start, terms, tokens=0, hold=1.0):
         """The points of a walk from `start`, each made once, however many rules read it."""
-        walk = self.walk(start, terms, tokens)
-        kept, walk = self.walks.setdefault((start, terms, tokens), ([], walk))
+        which = start, terms, tokens, hold if "b" in terms else 1.0
+        kept, walk = self.walks.setdefault(which, ([], self.walk(*which)))
         yield from list(kept)
         for point in walk:
             kept.append(point)
@@ -268,10 +268,10 @@ class Grid:
         """The walk's point, between two steps, where h (or a) is back by the part share; where it
         came nearest, if it never is; its start, if the attack has not taken any of it."""
         start, of, share = (setting[key] for key in ("from", "of", "share"))
-        terms, tokens = setting["terms"], setting["tokens"]
+        terms, tokens, hold = setting["terms"], setting["tokens"], setting["hold"]
 
         def points(model):
-            return self.points(model, terms, tokens)
+            return self.points(model, terms, tokens, hold)
 
         (_, aligned), (eps, first) = next(points("aligned")), next(points(start))
         way, before = aligned[of] - first[of], (0.0, eps)  # part of the way back, and its eps
@@ -286,7 +286,7 @@ class Grid:
             nearest = max(nearest, before, key=lambda x: x[0])
         usual = "h-g-b" if tokens else "h"
         more = ({} if terms == usual else {"terms": terms}) | ({} if of == "h" else {"of": of})
-        more |= {"tokens": tokens} if tokens else {}
+        more |= ({"tokens": tokens} if tokens else {}) | ({"hold": hold} if "b" in terms else {})
         made = self.up_h("ascent", setting, self.named(nearest[1]), **more, back=share)
         return {**made, "norm": s4.global_norm(nearest[1]).item()}
 

@@ -138,13 +138,26 @@ def experiments():
             5: "--scale 1 --no-causal",
         },
     )
-    found["tuning-back"] = with_flags(  # no radius: until h, or a, is back by a part
-        [job(f"seed{s}", s1=f"--seed {s}") for s in range(100, 103)],
+    back = "back from=finetuned,panacea"  # no radius: until h, or a, is back by a part
+    found["tuning-back"] = with_flags(
+        [
+            job(f"seed{s}", f"{back} of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1", s1=f"--seed {s}")
+            for s in range(100, 103)
+        ]
+        + [  # what to hold, after a harder attack and on other tasks too
+            job(f"{name}-seed{s}", s1=f"--seed {s} --task {task}", s2=attack, s4=f"--lam {lam}")
+            for s in range(100, 103)
+            for name, task, attack, lam in (
+                ("sst2-lr4e-4", "sst2", "--lr 4e-4", 0.1),
+                ("agnews", "agnews", "", 0.1),
+                ("gsm8k", "gsm8k", "", 0.02),
+            )
+        ],
         {
             **beyond,
-            4: "--radius 0 --realign-lr 0",
-            "grid": "back from=finetuned,panacea of=h,a terms=h,h-g share=.5,.6,.7,.8,.9,1 "
-            "back from=finetuned,panacea terms=h-g,h-g-b tokens=0,1,3,6",
+            4: "--radius 0 --realign-lr 0 --back 0",
+            "grid": f"{back} terms=h-g tokens=0,1,3,6 {back} terms=h-g-b tokens=0,1,3,6 hold=1 "
+            f"{back} terms=h-g-b tokens=3 hold=3,10,30",
             5: "--scale 1 --no-causal",
         },
     )

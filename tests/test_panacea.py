@@ -279,17 +279,19 @@ def small(s2, s4):
         name: collate([([1, a, b, a], [-100, -100, b, a])] * 2, 0, "cpu")
         for name, a, b in (("harmful", 5, 6), ("alignment", 7, 8), ("finetune", 9, 10))
     }
+    sets["lookalikes"] = sets["alignment"]
     sets["begun"] = collate([([1, 5, 6], [-100, -100, 6])] * 2, 0, "cpu")
     c = dict(batch_size=2, harmful_batch_size=2, rho=0.5, lam=0.1, weight_decay=0.1, seed=3)
     c |= dict(ascent_steps=4, anchor=2.0, radius=0.5, anchored_steps=3)
-    c |= dict(realign_lr=1e-2, realign_steps=3, tokens=3)
+    c |= dict(realign_lr=1e-2, realign_steps=3, tokens=3, hold=3.0)
     loss = functools.partial(s4.answer_loss, model)
     return loss, w, attacked, aligned, lambda name, size: itertools.repeat(sets[name]), c
 
 
 def test_each_control_starts_where_it_says_and_has_norm_rho(s4, small):
     loss, w, attacked, ours, batches, c = small
-    made = {row["model"]: row for row in s4.controls(loss, w, attacked, ours, batches, c)}
+    starts = {"ascent": (attacked, {}), "panacea_ascent": (ours, {"lam": 0.1, "epochs": 2})}
+    made = {row["model"]: row for row in s4.controls(loss, w, starts, batches, c)}
     assert list(made) == ["random_matched", "one_shot", "ascent", "panacea_ascent"]
     for model, row in made.items():
         assert row["w"] is (ours if model == "panacea_ascent" else attacked)
@@ -303,7 +305,10 @@ def test_each_control_starts_where_it_says_and_has_norm_rho(s4, small):
             wanted = s4.perturbation(grad_h, 0.5)
         for x, eps in zip(made[model]["eps"].values(), wanted):
             assert torch.allclose(x, eps, atol=1e-7)
-    none = s4.controls(loss, w, attacked, ours, batches, {**c, "ascent_steps": 0})
+    assert made["ascent"]["setting"] == {"rho": 0.5, "steps": 4}
+    wanted = {"rho": 0.5, "lam": 0.1, "epochs": 2, "steps": 4}
+    assert made["panacea_ascent"]["setting"] == wanted
+    none = s4.controls(loss, w, starts, batches, {**c, "ascent_steps": 0})
     assert [row["model"] for row in none] == ["random_matched", "one_shot"]
 
 
@@ -331,24 +336,31 @@ def test_an_ascent_without_a_radius_takes_h_a_part_of_the_way_back(s4, small):
     eps = s4.climb(loss, params, itertools.repeat((harmful,)), (1.0,), 0.6, 10)
     aligned = {name: attacked[name] + e for name, e in zip(w, eps)}
     top, start = h_at(aligned), h_at(attacked)
-    starts = {"ascent": attacked, "panacea_ascent": aligned}
-    held = {"finetune": 2, "alignment": 2}
+    starts = {"ascent": (attacked, {}), "panacea_ascent": (aligned, {"lam": 0.1})}
+    terms = {"begun": (2, 1.0), "finetune": (2, -1.0), "lookalikes": (2, -3.0)}
     made = s4.ascents_back(
-        loss, w, aligned, starts, batches, held, lambda: loss(harmful).item(), {**c, "back": 0.5}
+        loss, w, aligned, starts, batches, terms, lambda: loss(harmful).item(), {**c, "back": 0.5}
     )
     assert top > start and [row["model"] for row in made] == list(starts)
     assert h_at(made[0]["w"]) == pytest.approx((top + start) / 2, abs=0.01 * (top - start))
     far = common.norm({name: made[0]["w"][name] - x for name, x in attacked.items()})
     assert made[0]["norm"] == pytest.approx(far, rel=1e-4)
     s4.put(w, attacked)  # g and b are held, each with its own batches
-    draws = zip(*(batches(name, 2) for name in ("begun", *held)))
+    draws = zip(*(batches(name, 2) for name in terms))
     wanted, _ = s4.climb_back(
-        loss, params, draws, (1, -1, -1), 0.05, lambda: loss(harmful).item(), (top + start) / 2
+        loss, params, draws, (1, -1, -3), 0.05, lambda: loss(harmful).item(), (top + start) / 2
     )
     for (name, x), e in zip(attacked.items(), wanted):
         assert torch.allclose(made[0]["w"][name], x + e, atol=1e-6)
+    assert made[0]["setting"] == {"tokens": 3, "hold": 3.0, "back": 0.5}
+    assert made[1]["setting"] == {"lam": 0.1, "tokens": 3, "hold": 3.0, "back": 0.5}
     assert made[1]["norm"] == 0  # h is there already
     assert all(torch.equal(made[1]["w"][name], x) for name, x in aligned.items())
+    del starts["ascent"], terms["lookalikes"]  # BeaverTails has none
+    (bare,) = s4.ascents_back(
+        loss, w, aligned, starts, batches, terms, lambda: 1.0, c | {"back": 1}
+    )
+    assert bare["setting"] == {"lam": 0.1, "tokens": 3, "back": 1}
 
 
 def test_each_repair_starts_from_the_attacked_weights(s4, small):

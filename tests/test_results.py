@@ -317,13 +317,13 @@ def test_a_second_round_begins_at_the_repair_and_stopped_steps_leave_the_start(t
     for until, at, steps in rules:
         row = made.stop({"from": "panacea", "until": until, "share": at, "slack": at, "terms": "h"})
         assert torch.equal(row["w"][name], x + steps), (until, at)
-    assert s5.label(row) == "panacea_ascent until benign slack 0.3"
+    assert s5.label(row) == "panacea_ascent lam 0.1 until benign slack 0.3"
     rules = [("h", 0.25, 0.5), ("h", 0.725, 1.5), ("h", 1.0, 3), ("a", 0.5, 1.5), ("a", 1.0, 2)]
-    back = {"from": "panacea", "terms": "h", "tokens": 0}
+    back = {"from": "panacea", "terms": "h", "tokens": 0, "hold": 1.0}
     for of, share, steps in rules:  # the ends are where h and a came nearest
         row = made.back({**back, "of": of, "share": share})
         torch.testing.assert_close(row["w"][name], x + steps, rtol=1e-5, atol=1e-5)
-    assert s5.label(row) == "panacea_ascent of a back 1"
+    assert s5.label(row) == "panacea_ascent lam 0.1 of a back 1"
     aligned[0][1].update(h=1.0)  # clean data have taken nothing
     row = made.back({**back, "of": "h", "share": 0.5})
     assert torch.equal(row["w"][name], x)
@@ -340,7 +340,8 @@ def test_the_grid_ends_where_stage_4_does(tiny_run):
     stage4 = tiny_run[1]["04_panacea"]
     made = grid.Grid(common.Run(tiny_run[0]), stage4, torch.device("cpu"))
     c = stage4["config"]
-    setting = {"of": "h", "terms": "h-g-b", "share": c["back"], "tokens": c["tokens"]}
+    setting = {"of": "h", "terms": "h-g-b", "share": c["back"]}
+    setting |= {name: c[name] for name in ("tokens", "hold")}
     for start in ("finetuned", "panacea"):
         row = made.back({"from": start, **setting})
         asked = row["model"], row["setting"]
