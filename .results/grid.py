@@ -6,9 +6,9 @@
 
 RUN has been through stages 1 to 4. Each part is a repair and lists of values, of which every
 combination is made with stage 4's own functions; what is not named is as in the run (of back: up h
-alone, all of the way, whole answers, hold 1). They become
-further rows of RUN/04_panacea.pt (one that is there already stays), and stage 5 then measures
-all, these at their own length only (no --scale). `--` between parts is for the eye.
+alone, all of the way, whole answers, hold 1). They become further rows of RUN/04_panacea.pt (one
+that is there already stays), and stage 5 then measures all, these at their own length only (no
+--scale). `--` between parts is for the eye.
 
     anchored   eps up h - anchor a - g, or of some: h-a, a, h-g       terms radius steps
     realign    AdamW steps down a, or a + g, 3 a + g, or a and a      terms lr steps pull
